@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compact neural networks, trained end to end: low-rank tensors whose ranks the evidence chooses."""
+
+from importlib.metadata import version as _version
+
+from rankfall import nn as nn
+from rankfall._checkpoint import load as load
+from rankfall._checkpoint import save as save
+from rankfall._elbo import ELBOLoss as ELBOLoss
+from rankfall._elbo import kl as kl
+from rankfall._export import export as export
+from rankfall._fit import fit as fit
+from rankfall._formats import CP as CP
+from rankfall._formats import TR as TR
+from rankfall._formats import TT as TT
+from rankfall._formats import TTM as TTM
+from rankfall._formats import Tucker as Tucker
+from rankfall._posteriors import MeanField as MeanField
+from rankfall._posteriors import Point as Point
+from rankfall._priors import HalfCauchy as HalfCauchy
+from rankfall._priors import LogUniform as LogUniform
+from rankfall._ranks import prune_ as prune_
+from rankfall._ranks import ranks as ranks
+from rankfall._summary import summary as summary
+from rankfall._tensor import LowRankTensor as LowRankTensor
+from rankfall._tensorize import tensorize_ as tensorize_
+
+__version__ = _version("rankfall")

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models on disk: one safetensors file with the state_dict and what each low-rank tensor is."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from rankfall._files import write_atomic
+from rankfall._formats import CP, TR, TT, TTM, Format, Tucker
+from rankfall._posteriors import MeanField, Point, Posterior
+from rankfall._priors import HalfCauchy, LogUniform, Prior
+from rankfall._swap import swap_
+from rankfall._tensor import LowRankTensor, layer_path
+from rankfall._tensorize import Spec, build_replacements
+
+_KEY = "rankfall"
+_KINDS = {kind.__name__: kind for kind in (CP, Tucker, TT, TTM, TR, LogUniform, HalfCauchy, Point, MeanField)}
+
+
+def save(model: nn.Module, path: Path | str) -> None:
+    """Writes a model to one safetensors file, whole or not at all.
+
+    The file holds the state_dict (shared tensors once) and, for each low-rank tensor, its format, prior and posterior.
+    Loading it gives every tensor back bit for bit.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> model = nn.Sequential(rf.nn.Linear(12, 20, format=rf.TTM(4)))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     rf.save(model, pathlib.Path(folder) / "model.safetensors")
+        ...     same = rf.load(pathlib.Path(folder) / "model.safetensors", nn.Sequential(nn.Linear(12, 20)))
+        >>> torch.equal(same[0].weight.dense(), model[0].weight.dense())
+        True
+
+    Args:
+        model: Any module.
+        path: A file in a folder that exists; an older file there is replaced.
+
+    Raises:
+        TypeError: If the state_dict holds something other than tensors.
+        FileNotFoundError: If the folder does not exist.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"no folder {path.parent} to save {path.name} in. Make it first.")
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[object, str] = {}
+    for key, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{key!r} of the state_dict is a {type(value).__name__}, and only tensors can be saved.")
+        place = (value.data_ptr(), value.shape, value.stride(), value.dtype) if value.numel() else key
+        if place in first:
+            aliases[key] = first[place]
+        else:
+            first[place] = key
+            tensors[key] = value.contiguous()
+    layers = {
+        name: {part: _to_json(getattr(module, part)) for part in ("format", "prior", "posterior")}
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, LowRankTensor)
+    }
+    metadata = {_KEY: json.dumps({"layers": layers, "aliases": aliases}), "format": "pt"}
+    write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def load(path: Path | str, model: nn.Module | None = None) -> Any:  # noqa: ANN401  a module or a state_dict
+    """Reads a file that `save` wrote: into a model, or as a state_dict.
+
+    A model that is still dense is tensorized as the file says; one with low-rank layers takes the file's ranks.
+    Make the optimizer afterwards, or load its state too.
+
+    Args:
+        path: The file.
+        model: A model of the same architecture, dense or tensorized; it is changed in place. None returns the
+            state_dict, which `model.load_state_dict` of a tensorized model takes, whatever its ranks.
+
+    Returns:
+        The model with the file's weights, or the state_dict.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged, not from `save`, or of another architecture; the model is then as it was.
+    """
+    state, layers = _read(Path(path))
+    if model is None:
+        return state
+    here = {name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, LowRankTensor)}
+    specs = {layer_path(name): _to_spec(layer) for name, layer in layers.items() if name not in here}
+    replacements = build_replacements(model, specs)
+    replaced = {id(replacements[id(m)]): m for m in model.modules() if id(m) in replacements}
+    model = swap_(model, replacements)
+    try:
+        _check(model, state, layers, Path(path))
+    except ValueError:
+        swap_(model, replaced)
+        raise
+    model.load_state_dict(state)
+    return model
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}. Pass the path that rf.save wrote.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged or not a safetensors file ({error}). Save the model again.") from error
+    if _KEY not in metadata:
+        raise ValueError(
+            f"{path} was not written by rf.save. Read it with safetensors and call model.load_state_dict instead."
+        )
+    notes = json.loads(metadata[_KEY])
+    state |= {key: state[original] for key, original in notes["aliases"].items()}
+    return state, notes["layers"]
+
+
+def _check(model: nn.Module, state: Mapping[str, Tensor], layers: Mapping[str, Any], path: Path) -> None:
+    """Refuses a file of another architecture before any value changes."""
+    own = model.state_dict()
+    kind = type(model).__name__
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing or unexpected:
+        raise ValueError(
+            f"{path} is of another architecture than this {kind}: missing {_some(missing)}; "
+            f"unexpected {_some(unexpected)}. Make the model that was saved, then load."
+        )
+    of_tensors: set[str] = set()
+    for name, tensor in model.named_modules(remove_duplicate=False):
+        if isinstance(tensor, LowRankTensor):
+            keys = [f"{name}.{key}".removeprefix(".") for key in tensor.state_dict()]
+            of_tensors.update(keys)
+            shapes = [tuple(state[key].shape) for key in keys if ".log_stds." not in f".{key}"]
+            if not tensor.fits(shapes):
+                raise ValueError(
+                    f"{name!r} is {_to_json(tensor.format)} of shape {tensor.shape} here, but {path} holds "
+                    f"{layers.get(name, {}).get('format', 'a dense weight')} with factors {shapes}. "
+                    "Make the layer with the format and sizes it was saved with."
+                )
+    for key in own.keys() - of_tensors:
+        if own[key].shape != state[key].shape:
+            raise ValueError(
+                f"{key!r} has shape {tuple(state[key].shape)} in {path}, but {tuple(own[key].shape)} in this {kind}. "
+                "Make the model with the sizes it was saved with."
+            )
+
+
+def _some(keys: list[str]) -> str:
+    return (", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")) or "nothing"
+
+
+def _to_json(value: Format | Prior | Posterior) -> dict[str, Any]:
+    return {"kind": type(value).__name__} | dataclasses.asdict(value)
+
+
+def _from_json(notes: Mapping[str, Any]) -> Any:  # noqa: ANN401  one of _KINDS
+    return _KINDS[notes["kind"]](**{key: value for key, value in notes.items() if key != "kind"})
+
+
+def _to_spec(notes: Mapping[str, Any]) -> Spec:
+    return Spec(*(_from_json(notes[part]) for part in ("format", "prior", "posterior")))

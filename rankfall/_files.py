@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that are whole or absent: written beside their place, flushed to the disk, then renamed."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+
+def write_atomic(path: Path | str, write: Callable[[Path], object]) -> None:
+    """Writes a file so that an interruption at any moment leaves the old file, or the new one, whole.
+
+    `write` fills a temporary file in the same folder; it is then flushed to the disk (fsync), renamed over `path`,
+    and the rename itself is flushed.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_atomic(Path(folder) / "a.txt", lambda p: p.write_text("whole"))
+        ...     (Path(folder) / "a.txt").read_text()
+        'whole'
+
+    Args:
+        path: Where the file shall stand; its folder must exist.
+        write: Called with the temporary path.
+    """
+    path = Path(path)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        _flush(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _flush(path.parent)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Changes the size of a Parameter in place: data, gradient and optimizer state, the object staying the same."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+def keep_(parameter: nn.Parameter, dim: int, index: Tensor, optimizer: Optimizer | None = None) -> None:
+    """Keeps the given indices of one dimension of a parameter, of its gradient and of its optimizer state.
+
+    The Parameter object stays the same, so parameter groups, schedulers and averages go on working. Every state tensor
+    of the parameter's shape is cut alike (momentum buffers, Adam's moments, AMSGrad's maxima); scalars such as the
+    step count stay.
+
+    Example:
+        >>> p = nn.Parameter(torch.arange(6.0).reshape(2, 3))
+        >>> keep_(p, 1, torch.tensor([0, 2]))
+        >>> p.shape
+        torch.Size([2, 2])
+
+    Args:
+        parameter: The parameter to shrink. No graph of an unfinished step may hold it: call this between steps.
+        dim: The dimension that is cut.
+        index: The indices that stay, in the order they stay in, shape (kept,).
+        optimizer: The optimizer that owns the parameter; None where there is none yet, or it does not own it.
+    """
+    _map_(parameter, lambda t: t.index_select(dim, index), optimizer)
+
+
+@torch.no_grad()
+def _map_(parameter: nn.Parameter, change: Callable[[Tensor], Tensor], optimizer: Optimizer | None) -> None:
+    shape = parameter.shape
+    if optimizer is not None and parameter in optimizer.state:
+        state = optimizer.state[parameter]
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == shape and value.dim() > 0:
+                state[name] = change(value)
+    gradient = parameter.grad
+    # A gradient of the old shape may not stand beside data of the new one, not even for a moment.
+    parameter.grad = None
+    parameter.data = change(parameter.data)
+    if gradient is not None:
+        parameter.grad = change(gradient)
+
+
+def resize_(parameter: nn.Parameter, shape: tuple[int, ...]) -> None:
+    """Gives a parameter a new shape with undefined content, to be filled at once (by a checkpoint); drops its gradient.
+
+    Example:
+        >>> p = nn.Parameter(torch.zeros(2, 3))
+        >>> resize_(p, (2, 2))
+        >>> p.shape
+        torch.Size([2, 2])
+    """
+    if parameter.shape != shape:
+        parameter.grad = None
+        parameter.data = parameter.data.new_empty(shape)

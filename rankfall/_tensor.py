@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A low-rank tensor with a shrinkage prior: the one place where factors, prior and posterior meet."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rankfall import _contract, _decompose
+from rankfall._formats import Format
+from rankfall._posteriors import MeanField, Posterior, draw
+from rankfall._priors import HalfCauchy, Prior, kl_of_moments
+from rankfall._resize import keep_, resize_
+
+_CORE_STD = 10.0  # Prior standard deviation of the Tucker core (arXiv 2010.08689, section 3).
+_TRUNCATION = 2.0  # Factors start from a normal cut off at this many standard deviations.
+
+
+class LowRankTensor(nn.Module):
+    """A tensor of any number of axes, held as factors, whose slices a shrinkage prior draws to zero.
+
+    W = contraction of the factors over their bonds; an entry governed by slice r of a bond has the prior N(0, s_r^2),
+    and s_r the hyperprior `prior`. Use it as the weight of a layer, or alone in any forward model.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> t = rf.LowRankTensor((12, 20), rf.TTM(max_rank=4))
+        >>> t.dense().shape, t.sample().shape, t.ranks
+        (torch.Size([12, 20]), torch.Size([12, 20]), {'r1': 4})
+        >>> loss = (t.sample() - torch.ones(12, 20)).square().sum() + t.kl()
+        >>> loss.backward()
+
+    Args:
+        shape: The sizes of the axes. How the format splits them into modes, and any padding, never shows outside.
+        format: rf.CP, rf.Tucker, rf.TT, rf.TTM or rf.TR.
+        prior: The hyperprior of the prior scales; lower its scale to shrink harder.
+        posterior: rf.MeanField learns a standard deviation per entry; rf.Point saves that memory.
+        initial_std: Root mean square of the entries of dense() at the start; None for sqrt(2 / (rows + columns)).
+        device: Where the factors live.
+        dtype: Their type, a floating one.
+
+    Raises:
+        ValueError: If the format cannot take the shape, or `initial_std` is not positive.
+
+    Attributes:
+        factors: The factors, or their posterior means: an nn.ParameterList.
+        log_stds: Log posterior standard deviations, one tensor per factor; empty with rf.Point.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        format: Format,
+        *,
+        prior: Prior | None = None,
+        posterior: Posterior | None = None,
+        initial_std: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _check_kinds(format, prior, posterior)
+        self.format = format
+        self.prior = HalfCauchy() if prior is None else prior
+        self.posterior = MeanField() if posterior is None else posterior
+        self.layout = format.layout(shape)
+        if initial_std is None:
+            initial_std = math.sqrt(2 / (self.shape[0] + math.prod(self.shape[1:])))
+        if not initial_std > 0:
+            raise ValueError(f"initial_std must be positive, got {initial_std}. Pass None for the default.")
+        shapes = self.layout.factor_shapes(format.start_ranks(self.layout))
+        self.factors = nn.ParameterList(torch.empty(s, device=device, dtype=dtype) for s in shapes)
+        self._initialise(initial_std)
+        self.log_stds = nn.ParameterList(self._initial_log_stds())
+        self.register_load_state_dict_pre_hook(_resize_to_incoming)
+
+    @classmethod
+    def from_dense(
+        cls, weight: Tensor, format: Format, *, prior: Prior | None = None, posterior: Posterior | None = None
+    ) -> "LowRankTensor":
+        """The tensor in factors: TT-SVD, HOSVD or alternating least squares, exact where `max_rank` suffices.
+
+        Example:
+            >>> weight = torch.randn(12, 3) @ torch.randn(3, 20)
+            >>> t = rf.LowRankTensor.from_dense(weight, rf.TTM(max_rank=20))
+            >>> torch.allclose(t.dense(), weight, atol=1e-5)
+            True
+
+        Args:
+            weight: The tensor to decompose; it stays as it is.
+            format: As for the class; ranks that the weight does not need are left out.
+            prior: As for the class.
+            posterior: As for the class.
+
+        Raises:
+            ValueError: If the format cannot take the shape, or the weight holds a NaN or an infinity.
+        """
+        if not bool(torch.isfinite(weight).all()):
+            raise ValueError("weight to decompose holds NaN or infinity. Train or load the dense layer again first.")
+        self = cls(weight.shape, format, prior=prior, posterior=posterior, device=weight.device, dtype=weight.dtype)
+        factors = _decompose.decompose(weight.detach(), format, self.layout)
+        for parameter, factor in zip(self.factors, factors, strict=True):
+            parameter.data = factor.contiguous()
+        self.log_stds = nn.ParameterList(self._initial_log_stds())
+        return self
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The sizes of the axes, as given."""
+        return self.layout.shape
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The current rank of every bond."""
+        return self.layout.ranks([f.shape for f in self.factors])
+
+    def dense(self) -> Float[Tensor, "*shape"]:
+        """The tensor at the posterior mean; exact, since every format is linear in each of its factors."""
+        return _contract.dense(self.layout, list(self.factors))
+
+    def sample(self) -> Float[Tensor, "*shape"]:
+        """The tensor at one draw of all factors from the posterior; dense() with rf.Point."""
+        return _contract.dense(self.layout, self._drawn())
+
+    def linear(self, x: Float[Tensor, "*batch in_features"]) -> Float[Tensor, "*batch out_features"]:
+        """Computes x @ W.T for a tensor of two axes, by the cheapest order of contractions.
+
+        W is one draw for the whole call in train mode, the posterior mean in eval mode.
+
+        Raises:
+            ValueError: If the tensor has not two axes, or the last dimension of `x` is not the second of them.
+        """
+        if len(self.shape) != 2:
+            raise ValueError(f"linear needs a tensor of two axes, this one has shape {self.shape}. Use dense().")
+        if x.dim() == 0 or x.shape[-1] != self.shape[1]:
+            raise ValueError(
+                f"input of shape {tuple(x.shape)} does not end in in_features={self.shape[1]}. "
+                f"Reshape it to (..., {self.shape[1]})."
+            )
+        return _contract.linear(self.layout, self._drawn() if self.training else list(self.factors), x)
+
+    def kl(self) -> Float[Tensor, ""]:
+        """KL(q || p) of all factors at the best prior scales, in nats; differentiable, float32 or wider.
+
+        MeanField: sum over entries of 1/2 [(mean^2 + std^2)/s^2 - 1 - log(std^2/s^2)], and -log p(s) of every slice.
+        Point: the negative log prior up to a constant; terms in std are dropped (arXiv 2010.08689, equation 12).
+        """
+        with torch.autocast(self.factors[0].device.type, enabled=False):
+            squares = self._second_moments()
+            total = sum(
+                (kl_of_moments(self.prior, moment, count) for moment, count in self._moments(squares).values()),
+                start=squares[0].new_zeros(()),
+            )
+            if self.layout.core is not None:
+                core = squares[self.layout.core]
+                total = total + 0.5 * core.sum() / _CORE_STD**2 + core.numel() * math.log(_CORE_STD)
+            for log_std in self.log_stds:
+                total = total - _wide(log_std).sum() - 0.5 * log_std.numel()
+            return total
+
+    @torch.no_grad()
+    def prior_scales(self) -> dict[str, Float[Tensor, " rank"]]:
+        """The best prior scale (standard deviation) of every slice of every bond."""
+        moments = self._moments(self._second_moments())
+        return {bond: self.prior.variance(moment, max(count, 1)).sqrt() for bond, (moment, count) in moments.items()}
+
+    @torch.no_grad()
+    def energies(self) -> dict[str, Float[Tensor, " rank"]]:
+        """The energy of every slice: sum of squares of its entries (posterior means) in all factors that bear it."""
+        squares = [_wide(f).square() for f in self.factors]
+        return {bond: _per_slice(squares, self.layout.places(bond)) for bond in self.layout.bonds}
+
+    def keep_slices_(self, bond: str, index: Tensor, optimizer: Optimizer | None = None) -> None:
+        """Keeps the given slices of a bond and removes the others from factors, gradients and optimizer state.
+
+        Example:
+            >>> t = rf.LowRankTensor((12, 20), rf.TTM(max_rank=4))
+            >>> t.keep_slices_("r1", torch.tensor([0, 2]))
+            >>> t.ranks
+            {'r1': 2}
+
+        Args:
+            bond: A key of `ranks`.
+            index: The slices that stay, int64, shape (kept,); may be empty.
+            optimizer: The optimizer that owns the factors, if there is one.
+
+        Raises:
+            ValueError: If there is no such bond.
+        """
+        if bond not in self.layout.bonds:
+            raise ValueError(f"no bond {bond!r}; this tensor has {', '.join(self.layout.bonds)}. See .ranks.")
+        for factor, dim in self.layout.places(bond):
+            for parameters in (self.factors, self.log_stds) if len(self.log_stds) else (self.factors,):
+                keep_(parameters[factor], dim, index, optimizer)
+
+    def fits(self, shapes: Sequence[Sequence[int]]) -> bool:
+        """Whether factors of these shapes are this tensor at some ranks: all factors, their modes, bonds that agree."""
+        same_dims = [len(shape) for shape in shapes] == [len(axes) for axes in self.layout.factors]
+        return same_dims and [tuple(s) for s in shapes] == list(self.layout.factor_shapes(self.layout.ranks(shapes)))
+
+    def __repr__(self) -> str:
+        return f"LowRankTensor({self.shape}, {self.describe()})"
+
+    def describe(self) -> str:
+        """Format, modes and ranks in one line, for print(model)."""
+        modes = " x ".join("(" + " ".join(map(str, m)) + ")" for m in self.layout.modes)
+        return f"{type(self.format).__name__}, modes={modes}, ranks={self.ranks}"
+
+    @torch.no_grad()
+    def _initialise(self, std: float) -> None:
+        if self.factors[0].is_meta:
+            return
+        for factor in self.factors:
+            nn.init.trunc_normal_(factor, a=-_TRUNCATION, b=_TRUNCATION)
+        # Rescaled to the wanted size draw by draw: products of many random factors scatter over decades.
+        wide = [f.double() for f in self.factors]
+        mean_square = float(_contract.squared_norm(self.layout, wide)) / math.prod(self.layout.padded_shape)
+        for factor in self.factors:
+            factor.mul_((std / math.sqrt(mean_square)) ** (1 / len(self.factors)))
+
+    @torch.no_grad()
+    def _initial_log_stds(self) -> list[Tensor]:
+        starts = [self.posterior.initial_log_std(f.detach()) for f in self.factors]
+        return [start for start in starts if start is not None]
+
+    def _drawn(self) -> list[Tensor]:
+        if not len(self.log_stds):
+            return list(self.factors)
+        return [draw(mean, log_std) for mean, log_std in zip(self.factors, self.log_stds, strict=True)]
+
+    def _second_moments(self) -> list[Tensor]:
+        squares = [_wide(f).square() for f in self.factors]
+        if len(self.log_stds):
+            squares = [s + (2 * _wide(log_std)).exp() for s, log_std in zip(squares, self.log_stds, strict=True)]
+        return squares
+
+    def _moments(self, squares: Sequence[Tensor]) -> dict[str, tuple[Tensor, int]]:
+        """For each bond the second moment of every slice, and the number of entries a slice governs."""
+        out = {}
+        for bond, places in self.layout.governs:
+            count = sum(squares[k].numel() // max(squares[k].shape[dim], 1) for k, dim in places)
+            out[bond] = (_per_slice(squares, places), count)
+        return out
+
+
+def low_rank_tensors(model: nn.Module) -> Iterator[tuple[str, LowRankTensor]]:
+    """Every low-rank tensor of a model with its path; a tensor that two layers share is given once."""
+    for path, module in model.named_modules():
+        if isinstance(module, LowRankTensor):
+            yield path, module
+
+
+def layer_path(path: str) -> str:
+    """The path of the layer that a low-rank tensor at `path` is the weight of."""
+    return path.removesuffix("weight").removesuffix(".")
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _per_slice(squares: Sequence[Tensor], places: Sequence[tuple[int, int]]) -> Tensor:
+    sums = [squares[k].sum([d for d in range(squares[k].dim()) if d != dim]) for k, dim in places]
+    return torch.stack(sums).sum(0) if len(sums) > 1 else sums[0]
+
+
+def _check_kinds(format: object, prior: object, posterior: object) -> None:
+    for name, value, kind, example in (
+        ("format", format, Format, "rf.TTM(20)"),
+        ("prior", prior or HalfCauchy(), Prior, "rf.HalfCauchy()"),
+        ("posterior", posterior or MeanField(), Posterior, "rf.MeanField()"),
+    ):
+        if not isinstance(value, kind):
+            shown = f"the class {value.__name__}" if isinstance(value, type) else repr(value)
+            raise TypeError(f"{name} must be a rankfall {name} object, got {shown}. Pass for example {example}.")
+
+
+def _resize_to_incoming(module: nn.Module, state: Mapping[str, Any], prefix: str, *_: object) -> None:
+    """Takes the ranks of an incoming state_dict, so that plain load_state_dict works across cuts.
+
+    Only if every factor is there and fits the layout; otherwise torch reports the mismatch itself.
+    """
+    assert isinstance(module, LowRankTensor)
+    shapes = [tuple(state[key].shape) for k in range(len(module.factors)) if (key := f"{prefix}factors.{k}") in state]
+    if not module.fits(shapes):
+        return
+    for parameters in (module.factors, module.log_stds):
+        for parameter, shape in zip(parameters, shapes, strict=False):
+            resize_(parameter, shape)
