@@ -2,7 +2,7 @@
 """Files that are whole or absent: written beside their place, flushed to the disk, then renamed."""
 
 import os
-import tempfile
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +14,7 @@ def write_atomic(path: Path | str, write: Callable[[Path], object]) -> None:
     and the rename itself is flushed.
 
     Example:
+        >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     write_atomic(Path(folder) / "a.txt", lambda p: p.write_text("whole"))
         ...     (Path(folder) / "a.txt").read_text()
@@ -24,11 +25,13 @@ def write_atomic(path: Path | str, write: Callable[[Path], object]) -> None:
         write: Called with the temporary path.
     """
     path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
+        # As readable as any new file, whatever the writer (or tempfile, for which private is the rule) makes of it.
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode
         write(temporary)
+        temporary.chmod(mode)
         _flush(temporary)
         temporary.replace(path)
     except BaseException:

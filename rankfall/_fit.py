@@ -43,6 +43,7 @@ def fit(  # noqa: PLR0913  one call with defaults is what a reference loop is fo
     prune_threshold: float | None = None,
     scheduler: LRScheduler | None = None,
     evaluate: Callable[[], Mapping[str, float]] | None = None,
+    on_epoch: Callable[[list[Record]], object] | None = None,
     checkpoint: Path | str | None = None,
     accelerator: "Accelerator | None" = None,
     progress: bool = True,
@@ -79,6 +80,7 @@ def fit(  # noqa: PLR0913  one call with defaults is what a reference loop is fo
         prune_threshold: `threshold` of rf.prune_, called after every epoch; None cuts nothing.
         scheduler: Stepped once an epoch; None for a cosine from the optimizer's learning rate to 0.
         evaluate: Called after each epoch in eval mode without gradients; what it returns joins the record.
+        on_epoch: Called after each epoch with the history so far, once the checkpoint is safe.
         checkpoint: File that the whole state is written to after each epoch, whole or not at all. If it is there at
             the start, training goes on from it and ends as the uninterrupted run would have.
         accelerator: An accelerate.Accelerator for a device, mixed precision or seed of your choice.
@@ -117,6 +119,8 @@ def fit(  # noqa: PLR0913  one call with defaults is what a reference loop is fo
                 record |= _evaluated(model, evaluate)
             history.append(record)
             state.save(checkpoint, history)
+            if on_epoch is not None:
+                on_epoch(history)
             bar.show(record)
     return history
 

@@ -101,7 +101,7 @@ class Format(ABC):
 
     Raises:
         ValueError: If a rank or a mode is under 1.
-        TypeError: If `max_rank` is neither an integer nor a sequence of integers.
+        TypeError: If `max_rank` is neither an integer nor a sequence of integers, or modes are not such a sequence.
     """
 
     max_rank: int | tuple[int, ...]
@@ -115,13 +115,14 @@ class Format(ABC):
             if isinstance(value, list | tuple):
                 # A list is welcome, but a frozen value has to be hashable.
                 object.__setattr__(self, name, tuple(value))
-            numbers = value if isinstance(value, list | tuple) else (value,) if name == "max_rank" else ()
-            if value is not None and (any(not isinstance(n, int) for n in numbers) or isinstance(value, str | float)):
-                raise TypeError(f"{kind}: {name} must be made of integers, got {value!r}. Pass for example {kind}(8).")
+            one = name == "max_rank"
+            numbers = tuple(value) if isinstance(value, list | tuple) else (value,) if one else ()
+            example = f"{kind}(8); training lowers it" if one else f"{name}=(4, 8), or leave it out"
+            if any(not isinstance(n, int) for n in numbers) or not (one or value is None or numbers):
+                what = "an integer, or one integer per bond" if one else "a sequence of integers"
+                raise TypeError(f"{kind}: {name} must be {what}, got {value!r}. Pass for example {example}.")
             if not all(_is_count(n) for n in numbers):
-                raise ValueError(
-                    f"{kind}: {name} must be 1 or more, got {value!r}. Pass for example {kind}(8); training lowers it."
-                )
+                raise ValueError(f"{kind}: {name} must be 1 or more, got {value!r}. Pass for example {example}.")
 
     def layout(self, shape: Sequence[int]) -> Layout:
         """Applies the format to a shape.

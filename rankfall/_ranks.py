@@ -26,9 +26,11 @@ def ranks(model: nn.Module) -> dict[str, dict[str, int]]:
 def prune_(model: M, optimizer: Optimizer | None = None, *, threshold: float) -> M:
     """Removes the slices whose prior scale has fallen away, in place.
 
-    A slice of a bond is kept if its scale exceeds `threshold` times the largest of that bond; the largest always
-    stays. Factors, gradients and the optimizer's per-element state get smaller together, every Parameter stays the
-    same object, and the function changes by exactly the slices that go.
+    A slice of a bond is kept if its scale is at least `threshold` times the largest of that bond; the largest always
+    stays. The scale is the one that the posterior means call for, since they are what the compact model computes with
+    (`LowRankTensor.prior_scales`; with rf.Point there is no other). Factors, gradients and the optimizer's per-element
+    state get smaller together, every Parameter stays the same object, and the function at the posterior mean changes
+    by exactly the slices that go.
 
     Call it between steps, after `optimizer.step()`.
 
@@ -61,7 +63,7 @@ def prune_(model: M, optimizer: Optimizer | None = None, *, threshold: float) ->
         raise ValueError(
             f"{type(model).__name__} has no low-rank tensor to prune. Call rf.tensorize_(model, rf.TTM(20)) first."
         )
-    scales = {path: tensor.prior_scales() for path, tensor in tensors}
+    scales = {path: tensor.prior_scales(means_only=True) for path, tensor in tensors}
     for path, by_bond in scales.items():
         if not all(bool(torch.isfinite(scale).all()) for scale in by_bond.values()):
             raise ValueError(f"{layer_path(path)!r} has factors that are NaN or infinite. Go back to a checkpoint.")

@@ -2,8 +2,8 @@
 """A low-rank tensor with a shrinkage prior: the one place where factors, prior and posterior meet."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn
 
 import torch
 from jaxtyping import Float
@@ -163,10 +163,19 @@ class LowRankTensor(nn.Module):
             return total
 
     @torch.no_grad()
-    def prior_scales(self) -> dict[str, Float[Tensor, " rank"]]:
-        """The best prior scale (standard deviation) of every slice of every bond."""
-        moments = self._moments(self._second_moments())
-        return {bond: self.prior.variance(moment, max(count, 1)).sqrt() for bond, (moment, count) in moments.items()}
+    def prior_scales(self, *, means_only: bool = False) -> dict[str, Float[Tensor, " rank"]]:
+        """The best prior scale (standard deviation) of every slice of every bond.
+
+        Args:
+            means_only: True gives the scale that the posterior means call for by themselves, as if std were 0. With
+                rf.MeanField the scale of a dead slice rests on its own noise, a factor of ten or so below the others;
+                that of its means goes on falling.
+        """
+        squares = [_wide(f).square() for f in self.factors] if means_only else self._second_moments()
+        return {
+            bond: self.prior.variance(moment, max(count, 1)).sqrt()
+            for bond, (moment, count) in self._moments(squares).items()
+        }
 
     @torch.no_grad()
     def energies(self) -> dict[str, Float[Tensor, " rank"]]:
@@ -201,6 +210,11 @@ class LowRankTensor(nn.Module):
         """Whether factors of these shapes are this tensor at some ranks: all factors, their modes, bonds that agree."""
         same_dims = [len(shape) for shape in shapes] == [len(axes) for axes in self.layout.factors]
         return same_dims and [tuple(s) for s in shapes] == list(self.layout.factor_shapes(self.layout.ranks(shapes)))
+
+    @classmethod
+    def __torch_function__(cls, function: Callable[..., Any], *_: object) -> NoReturn:
+        # That this is there also tells nn.TransformerEncoderLayer not to hand `weight` to its fused kernel.
+        raise TypeError(f"torch.{function.__name__} was given an rf.LowRankTensor. Pass its .dense() or .sample().")
 
     def __repr__(self) -> str:
         return f"LowRankTensor({self.shape}, {self.describe()})"
@@ -256,7 +270,8 @@ def low_rank_tensors(model: nn.Module) -> Iterator[tuple[str, LowRankTensor]]:
 
 def layer_path(path: str) -> str:
     """The path of the layer that a low-rank tensor at `path` is the weight of."""
-    return path.removesuffix("weight").removesuffix(".")
+    parent, _, name = path.rpartition(".")
+    return parent if name == "weight" else path
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run folders: config.json, history.jsonl, and at the end model.safetensors and metrics.json."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rankfall._files import write_atomic
+from rankfall.recipes._options import TrainOptions
+
+# Where a run stands and whether it goes on is not part of what it computes.
+_NOT_COMPUTED = ("out", "resume", "data_dir")
+
+
+class RunFolder:
+    """The files of one run.
+
+    Args:
+        options: The options of the run; the folder is made by `open`, not before.
+    """
+
+    def __init__(self, options: TrainOptions) -> None:
+        self.options = options
+        self.path = options.out or _default_path(options)
+
+    @property
+    def checkpoint(self) -> Path:
+        """The state of an unfinished run."""
+        return self.path / "checkpoint.pt"
+
+    @property
+    def model(self) -> Path:
+        """The trained model."""
+        return self.path / "model.safetensors"
+
+    @property
+    def metrics(self) -> Path:
+        """The figures of a finished run; written last, so a folder that has it is whole."""
+        return self.path / "metrics.json"
+
+    def check(self) -> None:
+        """Refuses a folder that would be overwritten, or that cannot be resumed, before anything is written.
+
+        Raises:
+            ValueError: If the folder exists and `--resume` was not given, or the other way round, or the options of
+                the interrupted run were others.
+        """
+        if not self.options.resume:
+            if self.path.exists():
+                raise ValueError(f"{self.path} exists. Pass --resume to go on with it, or another --out.")
+            return
+        config = self.path / "config.json"
+        if not config.is_file():
+            raise ValueError(f"no run to resume in {self.path}: it has no config.json. Leave --resume out to start it.")
+        started, now = json.loads(config.read_text()), _computed(self.options)
+        for name, value in now.items():
+            if started.get(name) != value:
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(
+                    f"{self.path} was started with {flag} {started.get(name)}, not {value}. "
+                    f"Pass {flag} {started.get(name)} to resume it, or start anew in another --out."
+                )
+
+    def open(self) -> None:
+        """Makes the folder with its config.json, unless it is there already."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not self.options.resume:
+            self.write("config.json", _computed(self.options))
+
+    def write(self, name: str, content: Mapping[str, Any]) -> None:
+        """Writes one JSON file."""
+        write_atomic(self.path / name, lambda p: p.write_text(json.dumps(content, indent=2) + "\n"))
+
+    def write_history(self, history: Iterable[Mapping[str, Any]]) -> None:
+        """Writes history.jsonl, one line per epoch."""
+        lines = "".join(json.dumps(record) + "\n" for record in history)
+        write_atomic(self.path / "history.jsonl", lambda p: p.write_text(lines))
+
+
+def _computed(options: TrainOptions) -> dict[str, Any]:
+    return {name: value for name, value in dataclasses.asdict(options).items() if name not in _NOT_COMPUTED}
+
+
+def _default_path(options: TrainOptions) -> Path:
+    held = "" if options.is_dense else f"-{options.format}"
+    first = Path("runs") / f"{options.recipe}{held}-{options.method}-seed{options.seed}"
+    taken = [first] if first.exists() else []
+    while taken and (later := first.with_name(f"{first.name}-{len(taken) + 1}")).exists():
+        taken.append(later)
+    if options.resume:
+        return taken[-1] if taken else first
+    return first.with_name(f"{first.name}-{len(taken) + 1}") if taken else first

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The choices of a training run, as the command line takes them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, TypeAlias
+
+import tyro
+
+from rankfall._formats import CP, TR, TT, TTM, Format, Modes, Tucker
+from rankfall._posteriors import MeanField, Point, Posterior
+from rankfall._priors import HalfCauchy, LogUniform, Prior
+
+FormatName: TypeAlias = Literal["cp", "tucker", "tt", "ttm", "tr"]
+_FORMATS: dict[str, type[Format]] = {"cp": CP, "tucker": Tucker, "tt": TT, "ttm": TTM, "tr": TR}
+
+
+def make_format(name: FormatName, max_rank: int, modes: tuple[Modes, Modes] | None = None) -> Format:
+    """The format of a name; `modes` are (out_modes, in_modes), None to have them chosen."""
+    out_modes, in_modes = modes or (None, None)
+    return _FORMATS[name](max_rank, out_modes=out_modes, in_modes=in_modes)
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Train a compact network on real data and write a run folder."""
+
+    recipe: tyro.conf.Positional[Literal["digits", "mnist"]]
+    """What to train: digits needs nothing, mnist needs --data-dir or the Hugging Face hub."""
+    data_dir: Path | None = None
+    """Folder of the data set."""
+    format: FormatName = "ttm"
+    """How the weights are held."""
+    max_rank: int = 20
+    """Rank of every bond at the start; training lowers it."""
+    method: Literal["shrinkage", "fixed", "dense"] = "shrinkage"
+    """shrinkage removes slices by their prior scale, fixed keeps all ranks and has no prior, dense is the usual net."""
+    prior: Literal["half-cauchy", "log-uniform"] = "half-cauchy"
+    """Hyperprior of the prior scales."""
+    posterior: Literal["mean-field", "point"] = "mean-field"
+    """mean-field learns a standard deviation for every entry; point saves that memory."""
+    threshold: float = 0.05
+    """shrinkage removes a slice whose scale falls under this fraction of the largest of its bond."""
+    beta: float = 1.0
+    """Weight of the KL; 1 is the evidence lower bound."""
+    epochs: int | None = None
+    """Passes over the data; the recipe's own number if left out."""
+    seed: int = 0
+    """Of the initial factors, the order of the data and the posterior's noise."""
+    limit: int | None = None
+    """Use only so many rows, for a quick trial."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Run folder; runs/RECIPE-FORMAT-METHOD-seedN if left out."""
+    resume: bool = False
+    """Go on with an interrupted run, with the options it was started with."""
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the network stays as it is."""
+        return self.method == "dense"
+
+    def make_prior(self) -> Prior:
+        """The chosen hyperprior."""
+        return HalfCauchy() if self.prior == "half-cauchy" else LogUniform()
+
+    def make_posterior(self) -> Posterior:
+        """The chosen posterior; a fixed rank has no prior, so no spread either."""
+        return MeanField() if self.posterior == "mean-field" and self.method != "fixed" else Point()
+
+    def check(self) -> None:
+        """Refuses what argument types let through.
+
+        Raises:
+            ValueError: If a number is out of range.
+        """
+        if self.epochs is not None and self.epochs < 1:
+            raise ValueError(f"--epochs must be 1 or more, got {self.epochs}.")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"--limit must be 1 row or more, got {self.limit}.")
+        if not self.beta >= 0:
+            raise ValueError(f"--beta must be 0 or more, got {self.beta}. 1 is the evidence lower bound.")
+        if not 0 <= self.threshold < 1:
+            raise ValueError(f"--threshold must be from 0 up to but not including 1, got {self.threshold}.")
