@@ -79,11 +79,8 @@ def _hosvd(target: Tensor, ranks: list[int]) -> list[Tensor]:
         u, _, _ = _svd(target.movedim(dim, 0).reshape(target.shape[dim], -1), rank)
         core = (core.movedim(dim, -1) @ u).movedim(-1, dim)
         sides.append(u)
-    # Orthonormal columns have entries of about 1/sqrt(mode); give factors entries of one size instead.
-    for dim, u in enumerate(sides):
-        factor = math.sqrt(u.shape[0])
-        sides[dim], core = u * factor, core / factor
-    return [core, *sides]
+    # Orthonormal columns are small beside one another's core, or large; one step size has to serve them all.
+    return _balance([core, *sides])
 
 
 def _cp_als(layout: Layout, names: Axes, target: Tensor, rank: int) -> list[Tensor]:

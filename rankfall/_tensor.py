@@ -49,6 +49,7 @@ class LowRankTensor(nn.Module):
     Attributes:
         factors: The factors, or their posterior means: an nn.ParameterList.
         log_stds: Log posterior standard deviations, one tensor per factor; empty with rf.Point.
+        path: Path of the layer that `rf.tensorize_` made it for, so that errors can name it; empty elsewhere.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class LowRankTensor(nn.Module):
     ) -> None:
         super().__init__()
         _check_kinds(format, prior, posterior)
+        self.path = ""
         self.format = format
         self.prior = HalfCauchy() if prior is None else prior
         self.posterior = MeanField() if posterior is None else posterior
@@ -137,8 +139,9 @@ class LowRankTensor(nn.Module):
         if len(self.shape) != 2:
             raise ValueError(f"linear needs a tensor of two axes, this one has shape {self.shape}. Use dense().")
         if x.dim() == 0 or x.shape[-1] != self.shape[1]:
+            where = f"{self.path!r}" if self.path else f"a weight of shape {self.shape}"
             raise ValueError(
-                f"input of shape {tuple(x.shape)} does not end in in_features={self.shape[1]}. "
+                f"{where} has in_features={self.shape[1]}, but the input has shape {tuple(x.shape)}. "
                 f"Reshape it to (..., {self.shape[1]})."
             )
         return _contract.linear(self.layout, self._drawn() if self.training else list(self.factors), x)

@@ -88,6 +88,7 @@ def build_replacements(model: nn.Module, specs: Mapping[str, Spec], *, from_dens
         try:
             if id(layer.weight) not in weights:
                 weights[id(layer.weight)] = _convert(layer, specs[path], from_dense)
+                weights[id(layer.weight)].path = path
         except (ValueError, TypeError) as error:
             raise type(error)(f"{path or type(layer).__name__!r}: {error}") from error
         replacements[id(layer)] = Linear.around(weights[id(layer.weight)], layer.bias).train(layer.training)

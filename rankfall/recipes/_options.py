@@ -39,7 +39,7 @@ class TrainOptions:
     """Hyperprior of the prior scales."""
     posterior: Literal["mean-field", "point"] = "mean-field"
     """mean-field learns a standard deviation for every entry; point saves that memory."""
-    threshold: float = 0.05
+    threshold: float = 0.1
     """shrinkage removes a slice whose scale falls under this fraction of the largest of its bond."""
     beta: float = 1.0
     """Weight of the KL; 1 is the evidence lower bound."""

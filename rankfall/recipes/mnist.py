@@ -112,9 +112,9 @@ RECIPE = Recipe(
     _model,
     epochs=40,
     batch_size=256,
-    lr=3e-3,
+    lr=1e-2,
     dense_lr=1e-3,
-    kl_warmup=5,
+    kl_warmup=3,
     # Seven rows, a row, seven columns, a column: the modes follow the picture.
     paired_modes={"0": ((4, 4, 8, 4), (4, 7, 4, 7))},
 )

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every benchmark prints first: on what it ran."""
+
+import platform
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+import rankfall
+
+
+def machine(threads: int) -> str:
+    """One line: processor, threads and versions."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [
+        line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+    ]
+    processor = names[0] if names else platform.processor() or platform.machine()
+    return (
+        f"{processor}, {threads} thread{'s' if threads > 1 else ''}; Python {platform.python_version()}, "
+        f"torch {torch.__version__}, rankfall {rankfall.__version__}"
+    )
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
