@@ -66,7 +66,8 @@ def save(model: nn.Module, path: Path | str) -> None:
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, LowRankTensor)
     }
-    metadata = {_KEY: json.dumps({"layers": layers, "aliases": aliases}), "format": "pt"}
+    # One key only: safetensors writes several in an order that differs from process to process.
+    metadata = {_KEY: json.dumps({"layers": layers, "aliases": aliases})}
     write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 

@@ -79,7 +79,7 @@ def _hosvd(target: Tensor, ranks: list[int]) -> list[Tensor]:
         u, _, _ = _svd(target.movedim(dim, 0).reshape(target.shape[dim], -1), rank)
         core = (core.movedim(dim, -1) @ u).movedim(-1, dim)
         sides.append(u)
-    # Orthonormal columns are small beside one another's core, or large; one step size has to serve them all.
+    # The sides are orthonormal and the core has the weight's own size; one step size is to serve them all.
     return _balance([core, *sides])
 
 

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: run folders, resuming, and one-line errors with exit code 2."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+import rankfall as rf
+from mnist_files import write_mnist
+from rankfall.cli import main
+from rankfall.recipes import _run
+from rankfall.recipes._options import TrainOptions
+
+SHORT = ["--epochs", "3", "--limit", "200"]
+KEYS = {
+    "recipe", "format", "prior", "posterior", "method", "seed", "epochs", "test_accuracy", "test_nll", "parameters",
+    "dense_parameters", "compression", "ranks", "seconds", "peak_rss_bytes",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def refused(capsys, *arguments: str) -> str:
+    """The one line that a command ends with, after checking that nothing else came of it."""
+    before = sorted(Path().rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert sorted(Path().rglob("*")) == before
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize("method", ["shrinkage", "fixed", "dense"])
+def test_train_writes_a_whole_run_folder(capsys, method):
+    main(["train", "digits", "--method", method, "--out", "run", *SHORT])
+    metrics = json.loads(Path("run/metrics.json").read_text())
+    assert set(metrics) == KEYS
+    assert sorted(p.name for p in Path("run").iterdir()) == [
+        "config.json", "history.jsonl", "metrics.json", "model.safetensors",
+    ]  # fmt: skip
+    history = [json.loads(line) for line in Path("run/history.jsonl").read_text().splitlines()]
+    assert [record["epoch"] for record in history] == [0, 1, 2]
+    assert history[-1]["ranks"] == metrics["ranks"]
+    printed = capsys.readouterr().out
+    assert "whole model" in printed
+    assert f"{metrics['test_accuracy']:.2%}" in printed
+    model = rf.load("run/model.safetensors", _run._RECIPES["digits"].model())
+    assert rf.summary(model).parameters == metrics["parameters"]
+    assert rf.ranks(model) == metrics["ranks"]
+
+
+def test_every_format_trains(mini_mnist: Path):
+    for name in ("cp", "tucker", "tt", "ttm", "tr"):
+        main(["train", "mnist", "--data-dir", str(mini_mnist), "--format", name, "--max-rank", "3", "--epochs", "1"])
+        metrics = json.loads(Path(f"runs/mnist-{name}-shrinkage-seed0/metrics.json").read_text())
+        assert metrics["format"] == name
+        assert metrics["dense_parameters"] == 407_050
+
+
+def test_default_folders_do_not_collide():
+    for _ in range(3):
+        main(["train", "digits", *SHORT])
+    assert sorted(p.name for p in Path("runs").iterdir()) == [
+        "digits-ttm-shrinkage-seed0", "digits-ttm-shrinkage-seed0-2", "digits-ttm-shrinkage-seed0-3",
+    ]  # fmt: skip
+
+
+def test_equal_seeds_give_equal_models():
+    for name in ("a", "b"):
+        main(["train", "digits", "--out", name, *SHORT])
+    assert Path("a/model.safetensors").read_bytes() == Path("b/model.safetensors").read_bytes()
+
+
+def test_a_killed_run_resumes_to_the_same_model():
+    options = ["train", "digits", "--epochs", "12", "--limit", "600", "--threshold", "0.4"]
+    program = [sys.executable, "-c", "import torch; torch.set_num_threads(1); from rankfall.cli import main; main()"]
+    subprocess.run([*program, *options, "--out", "whole"], check=True, stdout=subprocess.DEVNULL)
+    running = subprocess.Popen([*program, *options, "--out", "cut"], stdout=subprocess.DEVNULL)
+    history = Path("cut/history.jsonl")
+    while not (history.exists() and len(history.read_text().splitlines()) >= 5):
+        assert running.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.01)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    assert not Path("cut/metrics.json").exists()
+    subprocess.run([*program, *options, "--out", "cut", "--resume"], check=True, stdout=subprocess.DEVNULL)
+    assert Path("cut/model.safetensors").read_bytes() == Path("whole/model.safetensors").read_bytes()
+    whole, cut = (json.loads(Path(f"{name}/metrics.json").read_text()) for name in ("whole", "cut"))
+    assert [whole[key] for key in ("ranks", "test_nll", "epochs")] == [
+        cut[key] for key in ("ranks", "test_nll", "epochs")
+    ]
+    assert min(rank for bonds in cut["ranks"].values() for rank in bonds.values()) < 20, "no cut: a weaker test"
+
+
+def test_resuming_a_finished_run_reads_it(monkeypatch, capsys):
+    main(["train", "digits", "--out", "run", *SHORT])
+    first = capsys.readouterr().out
+    monkeypatch.setattr(_run, "_fit", None)
+    main(["train", "digits", "--out", "run", "--resume", *SHORT])
+    tables = [text[text.index("layer") :] for text in (first, capsys.readouterr().out)]
+    assert tables[0] == tables[1]
+
+
+def test_resume_without_folder_takes_the_latest():
+    main(["train", "digits", *SHORT])
+    main(["train", "digits", "--resume", *SHORT])
+    assert [p.name for p in Path("runs").iterdir()] == ["digits-ttm-shrinkage-seed0"]
+
+
+def test_interruption_says_how_to_go_on(monkeypatch, capsys):
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_run, "_fit", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "digits"])
+    assert stop.value.code == 130
+    assert "the same command with --resume goes on" in capsys.readouterr().err
+
+
+def test_taken_folder(capsys):
+    Path("run").mkdir()
+    assert "run exists. Pass --resume to go on with it, or another --out." in refused(
+        capsys, "train", "digits", "--out", "run"
+    )
+
+
+def test_nothing_to_resume(capsys):
+    assert "no run to resume in run" in refused(capsys, "train", "digits", "--out", "run", "--resume")
+
+
+def test_resuming_with_other_options(capsys):
+    main(["train", "digits", "--out", "run", *SHORT])
+    capsys.readouterr()
+    line = refused(capsys, "train", "digits", "--out", "run", "--resume", "--format", "tt", *SHORT)
+    assert "started with --format ttm, not tt. Pass --format ttm to resume it" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--epochs", "0"], "--epochs must be 1 or more, got 0"),
+        (["--limit", "0"], "--limit must be 1 row or more, got 0"),
+        (["--beta", "-1"], "--beta must be 0 or more, got -1.0"),
+        (["--threshold", "1.5"], "--threshold must be from 0 up to but not including 1, got 1.5"),
+        (["--max-rank", "0"], "TTM: max_rank must be 1 or more, got 0"),
+        (["--max-rank", "-3"], "TTM: max_rank must be 1 or more, got -3"),
+        (["--data-dir", "."], "digits comes with scikit-learn and reads no folder"),
+    ],
+)
+def test_bad_numbers(capsys, arguments, text):
+    assert text in refused(capsys, "train", "digits", *arguments)
+
+
+def test_missing_and_truncated_data(capsys, mini_mnist: Path):
+    assert "no folder nowhere. Pass --data-dir" in refused(capsys, "train", "mnist", "--data-dir", "nowhere")
+    damaged = next(mini_mnist.glob("train-images*"))
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    assert "is damaged" in refused(capsys, "train", "mnist", "--data-dir", str(mini_mnist))
+
+
+def test_unknown_choices_list_the_known(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "digits", "--format", "svd"])
+    assert stop.value.code == 2
+    assert "tucker" in capsys.readouterr().err
+
+
+def test_plan_counts_the_model_of_a_user(capsys):
+    layers = "nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 10)"
+    Path("my_net.py").write_text(f"from torch import nn\n\ndef make():\n    return nn.Sequential({layers})\n")
+    main(["plan", "my_net:make", "--format", "tt", "--max-rank", "8"])
+    printed = capsys.readouterr().out
+    expected = rf.tensorize_(nn.Sequential(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 10)), rf.TT(8))
+    assert f"{rf.summary(expected).parameters:,}" in printed
+    assert "dense      102.8  never forms the weight" in printed
+    assert "6.5 MB" in printed
+
+
+@pytest.mark.parametrize(
+    ("target", "text"),
+    [
+        ("my_net", "must be given as MODULE:FACTORY, got 'my_net'"),
+        ("no_such_module:make", "'no_such_module:make' cannot be imported"),
+        ("torch:no_such_name", "'torch:no_such_name' cannot be imported"),
+        ("builtins:dict", "returned a dict. It must return a torch.nn.Module"),
+        ("torch.nn:ReLU", "ReLU has no torch.nn.Linear to tensorize"),
+    ],
+)
+def test_plan_refuses(capsys, target, text):
+    assert text in refused(capsys, "plan", target)
+
+
+def test_options_reach_the_model():
+    options = TrainOptions("digits", format="cp", max_rank=3, prior="log-uniform", posterior="point")
+    model = _run.build_model(_run._RECIPES["digits"], options)
+    weight = model[0].weight
+    assert (weight.format, weight.prior, weight.posterior) == (rf.CP(3), rf.LogUniform(), rf.Point())
+
+
+@pytest.fixture
+def mini_mnist(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("mnist")
+    write_mnist(folder)
+    return folder

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+
+import laws
+import rankfall as rf
+from rankfall import _contract
+from rankfall._einsum import BATCH, contract, plan, run
+
+
+def test_a_contraction_is_what_matrix_products_give():
+    a, b, c = torch.randn(2, 3), torch.randn(3, 4), torch.randn(4, 5)
+    names = [("i", "r"), ("r", "s"), ("s", "j")]
+    torch.testing.assert_close(contract(names, ("i", "j"), [a, b, c]), a @ b @ c)
+    torch.testing.assert_close(contract(names, ("j", "i"), [a, b, c]), (a @ b @ c).T)
+    torch.testing.assert_close(contract(names, (), [a, b, c]), (a @ b @ c).sum())
+
+
+def test_one_tensor_is_permuted_and_summed():
+    a = torch.randn(2, 3, 4)
+    torch.testing.assert_close(contract([("i", "j", "k")], ("k", "i"), [a]), a.sum(1).T)
+
+
+def test_a_name_of_three_tensors_is_summed_once():
+    a, b, c = (torch.randn(4, 3) for _ in range(3))
+    names = [("i", "r"), ("j", "r"), ("k", "r")]
+    torch.testing.assert_close(contract(names, ("i", "j", "k"), [a, b, c]), torch.einsum("ir,jr,kr->ijk", a, b, c))
+
+
+def test_a_network_of_more_names_than_letters():
+    # 40 bonds and 41 modes of size 1 or 2: a chain, so the reference is a product of matrices.
+    count = 41
+    sizes = [2 if k % 10 == 0 else 1 for k in range(count)]
+    cores = [torch.randn(3, n, 3, dtype=torch.float64) for n in sizes]
+    names = [(f"r{k}", f"m{k}", f"r{k + 1}") for k in range(count)]
+    assert len({name for axes in names for name in axes}) > 52
+    modes = tuple(f"m{k}" for k in range(count))
+    actual = contract(names, ("r0", *modes, f"r{count}"), cores)
+    expected = torch.eye(3, dtype=torch.float64)[None]
+    for core in cores:
+        expected = torch.stack([e @ core[:, j] for e in expected for j in range(core.shape[1])])
+    laws.close(actual.reshape(3, -1, 3).movedim(1, 0), expected)
+
+
+def test_a_bond_of_size_zero_gives_zeros():
+    a, b, c = torch.randn(2, 3), torch.randn(3, 0), torch.randn(0, 5)
+    out = contract([("i", "r"), ("r", "s"), ("s", "j")], ("i", "j"), [a, b, c])
+    assert torch.equal(out, torch.zeros(2, 5))
+
+
+@pytest.mark.parametrize("batch", [(), (7,), (2, 3), (0, 4)], ids=str)
+def test_batch_dimensions_lead(batch):
+    x, a, b = torch.randn(*batch, 4, 5), torch.randn(4, 6), torch.randn(5, 2)
+    sizes = (("i", 4), ("j", 5), ("k", 6), ("l", 2), (BATCH, 8))
+    steps = plan(((BATCH, "i", "j"), ("i", "k"), ("j", "l")), (BATCH, "k", "l"), sizes)
+    torch.testing.assert_close(run(steps, [x, a, b]), torch.einsum("...ij,ik,jl->...kl", x, a, b))
+
+
+def test_gradients_flow_to_every_tensor():
+    tensors = [torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    names = (("i", "r"), ("j", "r"), ("k", "r"))
+    assert torch.autograd.gradcheck(lambda *ts: contract(names, ("i", "j", "k"), ts), tensors)
+
+
+def test_the_order_is_the_cheap_one():
+    # (i r)(r j)(j): matrix-vector twice costs 2*2*10*1000, the matrix first 2*1000*10*1000.
+    steps = plan((("i", "r"), ("r", "j"), ("j",)), ("i",), (("i", 1000), ("r", 10), ("j", 1000)))
+    assert steps.flops == 2 * 2 * 10 * 1000
+    assert steps.steps[0][0] == (1, 2)
+
+
+def test_counts_are_those_of_the_steps():
+    steps = plan((("i", "r"), ("r", "j")), ("i", "j"), (("i", 3), ("r", 4), ("j", 5)))
+    assert steps.flops == 2 * 3 * 4 * 5
+    assert steps.elements == 3 * 4 + 4 * 5 + 3 * 5
+
+
+def test_the_planner_forms_the_weight_only_for_many_rows():
+    t = rf.LowRankTensor((64, 64), rf.TTM(8, out_modes=(4, 4, 4), in_modes=(4, 4, 4)))
+    shapes = [f.shape for f in t.factors]
+    few, many = (_contract.linear_plan(t.layout, shapes, rows) for rows in (1, 1 << 14))
+    # Position 0 is x: the formed weight meets it in the last step alone.
+    assert 0 in few.steps[0][0]
+    assert all(0 not in positions for positions, _ in many.steps[:-1])
+    dense = 2 * 64 * 64
+    assert few.flops < dense * 8
+    assert many.flops <= 1.1 * dense * (1 << 14)
+
+
+def test_low_ranks_are_cheaper_than_the_dense_weight(kind):
+    t = rf.LowRankTensor((256, 256), kind(2))
+    steps = _contract.linear_plan(t.layout, [f.shape for f in t.factors], 1024)
+    assert steps.flops < 0.5 * 2 * 1024 * 256 * 256

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from torch import fx, nn
+
+import rankfall as rf
+from conftest import FORMATS
+
+# Both widths prime, so both are padded; and one that is not.
+WIDTHS = [(13, 11), (12, 20)]
+
+
+def model_of(kind, widths=(13, 11), posterior=None):
+    n, m = widths
+    return nn.Sequential(
+        rf.nn.Linear(n, m, format=kind(3), posterior=posterior),
+        nn.Tanh(),
+        rf.nn.Linear(m, n, bias=False, format=kind(2), posterior=posterior),
+    )
+
+
+def holds_rankfall(model):
+    return [type(m).__name__ for m in model.modules() if type(m).__module__.startswith("rankfall")]
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["factored", "dense"])
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
+def test_the_export_computes_what_the_model_computes(kind, posterior, dense, widths):
+    model = model_of(kind, widths, posterior).double().eval()
+    with torch.no_grad():
+        model[0].bias.normal_()
+    plain = rf.export(model, dense=dense)
+    assert holds_rankfall(plain) == []
+    for batch in ((), (1,), (3, 4), (200,)):
+        x = torch.randn(*batch, widths[0], dtype=torch.float64)
+        torch.testing.assert_close(plain(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+def test_factors_are_kept_or_formed(kind):
+    model = model_of(kind)
+    factored, dense = rf.export(model), rf.export(model, dense=True)
+    assert isinstance(factored[0], fx.GraphModule)
+    assert type(dense[0]) is nn.Linear
+    assert dense[2].bias is None
+    assert sum(p.numel() for p in factored.parameters()) == rf.summary(model).parameters
+    assert sum(p.numel() for p in dense.parameters()) == rf.summary(model).dense_parameters
+
+
+def test_the_model_itself_stays(kind):
+    model = model_of(kind).train()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    plain = rf.export(model)
+    with torch.no_grad():
+        for p in plain.parameters():
+            p.zero_()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert isinstance(model[0], rf.nn.Linear)
+    assert plain.training
+
+
+def test_train_mode_of_the_export_has_no_noise():
+    model = model_of(rf.TTM, posterior=rf.MeanField(0.5)).train()
+    plain, x = rf.export(model), torch.randn(3, 13)
+    assert torch.equal(plain(x), plain(x))
+    torch.testing.assert_close(plain(x), model.eval()(x))
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["factored", "dense"])
+def test_tied_weights_stay_tied(dense):
+    weight = rf.LowRankTensor((12, 12), rf.TTM(3))
+    model = nn.Sequential(rf.nn.Linear.around(weight), nn.ReLU(), rf.nn.Linear.around(weight)).eval()
+    plain, x = rf.export(model, dense=dense), torch.randn(3, 12)
+    expected = 144 if dense else sum(f.numel() for f in weight.factors)
+    assert sum(p.numel() for p in plain.parameters()) == expected
+    torch.testing.assert_close(plain(x), model(x))
+
+
+def test_a_layer_at_two_places_and_a_root_layer():
+    layer = rf.nn.Linear(12, 12, format=rf.TT(3)).eval()
+    model = nn.Sequential(layer, layer)
+    plain, x = rf.export(model), torch.randn(3, 12)
+    assert plain[0] is plain[1]
+    torch.testing.assert_close(plain(x), model(x))
+    torch.testing.assert_close(rf.export(layer)(x), layer(x))
+
+
+def test_rank_zero_exports():
+    layer = rf.nn.Linear(12, 20, format=rf.TT(3)).eval()
+    layer.weight.keep_slices_("r1", torch.empty(0, dtype=torch.int64))
+    x = torch.randn(3, 12)
+    for dense in (False, True):
+        assert torch.equal(rf.export(layer, dense=dense)(x), layer(x))
+
+
+def test_frozen_stays_frozen():
+    model = model_of(rf.TTM).requires_grad_(False)
+    for dense in (False, True):
+        assert not any(p.requires_grad for p in rf.export(model, dense=dense).parameters())
+
+
+def test_a_tensor_outside_a_layer_is_refused():
+    model = nn.ModuleDict({"layer": rf.nn.Linear(12, 20, format=rf.TT(3)), "table": rf.LowRankTensor((4, 5), rf.CP(2))})
+    with pytest.raises(ValueError, match=r"'table' is an rf.LowRankTensor outside a rankfall layer.*Export its .dense"):
+        rf.export(model)
+    with pytest.raises(ValueError, match=r"'the model' is an rf.LowRankTensor outside"):
+        rf.export(rf.LowRankTensor((4, 5), rf.CP(2)))
+
+
+def test_a_saved_export_runs_where_rankfall_is_not_installed(tmp_path):
+    x, cases = torch.randn(3, 13), []
+    for kind in FORMATS:
+        model = model_of(kind).eval()
+        cases += [(rf.export(model, dense=dense), model(x).detach()) for dense in (False, True)]
+    torch.save({"cases": cases, "x": x}, tmp_path / "plain.pt")
+    script = """
+        import sys
+        sys.modules["rankfall"] = None
+        import torch
+        file = torch.load(sys.argv[1], weights_only=False)
+        for model, y in file["cases"]:
+            torch.testing.assert_close(model(file["x"]), y)
+        assert not [name for name in sys.modules if name.startswith("rankfall.")]
+        try:
+            import rankfall
+        except ImportError:
+            print(len(file["cases"]), "loaded")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "plain.pt")],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.stdout == f"{2 * len(FORMATS)} loaded\n", done.stderr

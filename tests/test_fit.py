@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import rankfall as rf
+
+N = 64
+
+
+def data():
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(N, 12, generator=generator)
+    return x, torch.tanh(x @ torch.randn(12, 3, generator=generator))
+
+
+def model_of(posterior=None, kind=rf.TTM):
+    torch.manual_seed(3)
+    return nn.Sequential(rf.nn.Linear(12, 20, format=kind(4), posterior=posterior), nn.Tanh(), nn.Linear(20, 3))
+
+
+def squared_error(model, batch):
+    x, y = batch
+    return (model(x) - y).square().sum(1)
+
+
+def fit(model, loader=None, nll=squared_error, optimizer=None, **arguments):
+    optimizer = optimizer or torch.optim.Adam(model.parameters(), lr=1e-2)
+    loader = [data()] if loader is None else loader
+    return rf.fit(
+        model,
+        loader,
+        nll,
+        optimizer=optimizer,
+        **{"epochs": 3, "num_data": N, "progress": False} | arguments,
+    )
+
+
+def state_of(model):
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def same_bits(state, other):
+    return state.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in state.items())
+
+
+def shuffled(generator=None):
+    return DataLoader(TensorDataset(*data()), batch_size=16, shuffle=True, generator=generator)
+
+
+def test_the_loss_falls(posterior):
+    history = fit(model_of(posterior), epochs=60, kl_warmup=5)
+    assert history[-1]["nll"] < 0.3 * history[0]["nll"]
+    assert [record["epoch"] for record in history] == list(range(60))
+
+
+def test_a_record_says_what_happened():
+    model = model_of()
+    history = fit(model, epochs=2, evaluate=lambda: {"accuracy": 0.5}, kl_warmup=0)
+    expected = {"epoch", "loss", "nll", "kl", "lr", "parameters", "compression", "ranks", "seconds", "accuracy"}
+    assert all(set(record) == expected for record in history)
+    last = history[-1]
+    assert last["ranks"] == rf.ranks(model)
+    assert last["parameters"] == rf.summary(model).parameters
+    assert last["compression"] == pytest.approx(rf.summary(model).compression)
+    assert last["loss"] == pytest.approx(last["nll"] + last["kl"] / N, rel=1e-5)
+    assert last["accuracy"] == 0.5
+    assert last["seconds"] > 0
+
+
+def test_the_first_step_is_that_of_the_elbo_loss():
+    model, by_hand = model_of(rf.Point()), model_of(rf.Point())
+    history = fit(model, epochs=1, kl_warmup=0, beta=0.5, optimizer=torch.optim.SGD(model.parameters(), lr=1e-2))
+    loss = rf.ELBOLoss(by_hand, N, beta=0.5)(squared_error(by_hand, data()).mean())
+    optimizer = torch.optim.SGD(by_hand.parameters(), lr=1e-2)
+    loss.backward()
+    optimizer.step()
+    assert history[0]["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    for p, q in zip(model.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_warm_up_raises_the_weight_of_the_kl_from_zero():
+    model = model_of(rf.Point())
+    history = fit(model, epochs=6, kl_warmup=4, beta=2.0)
+    weights = [(record["loss"] - record["nll"]) * N / record["kl"] for record in history]
+    assert weights == pytest.approx([0, 0.5, 1, 1.5, 2, 2], abs=1e-3)
+
+
+def test_cuts_happen_after_the_warm_up_and_stay():
+    model = model_of(rf.Point())
+    with torch.no_grad():
+        for k, dim in model[0].weight.layout.places("r1"):
+            model[0].weight.factors[k].select(dim, 0).mul_(1e-4)
+    history = fit(model, epochs=5, kl_warmup=2, prune_threshold=0.05)
+    ranks = [record["ranks"]["0"]["r1"] for record in history]
+    assert ranks[:2] == [4, 4]
+    assert ranks[2] == 3
+    assert ranks == sorted(ranks, reverse=True)
+    assert history[-1]["parameters"] < history[0]["parameters"]
+
+
+def test_batches_of_unequal_size_weigh_by_datum():
+    x, y = data()
+    model = model_of(rf.Point())
+    expected = squared_error(model, (x, y)).mean().item()
+    frozen = torch.optim.SGD(model.parameters(), lr=0.0)
+    history = fit(model, [(x[:50], y[:50]), (x[50:], y[50:])], optimizer=frozen, epochs=1)
+    assert history[0]["nll"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_dense_model_is_trained_on_its_nll_alone():
+    torch.manual_seed(0)
+    model = nn.Linear(12, 3)
+    history = fit(model, epochs=40, prune_threshold=0.1)
+    assert history[-1]["nll"] < 0.5 * history[0]["nll"]
+    assert all(record["kl"] == 0 and record["loss"] == pytest.approx(record["nll"]) for record in history)
+    assert history[-1]["ranks"] == {}
+
+
+def test_default_schedule_is_a_cosine_to_zero():
+    model = model_of()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    history = fit(model, optimizer=optimizer, epochs=4)
+    expected = [1e-2 * (1 + torch.cos(torch.tensor(torch.pi * k / 4)).item()) / 2 for k in range(4)]
+    assert [record["lr"] for record in history] == pytest.approx(expected, rel=1e-5)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
+
+
+def test_a_custom_scheduler_steps_once_an_epoch():
+    model = model_of()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
+    history = fit(model, shuffled(), optimizer=optimizer, scheduler=scheduler)
+    assert [record["lr"] for record in history] == pytest.approx([1e-2, 5e-3, 2.5e-3])
+
+
+def test_evaluate_runs_in_eval_mode_without_gradients_and_training_goes_on():
+    model, seen = model_of(), []
+
+    def evaluate():
+        seen.append((model.training, torch.is_grad_enabled()))
+        return {}
+
+    modes = []
+    fit(model, nll=lambda m, batch: modes.append(model.training) or squared_error(m, batch), evaluate=evaluate)
+    assert seen == [(False, False)] * 3
+    assert modes == [True] * 3
+
+
+def test_batches_may_be_mappings_and_nested():
+    x, y = data()
+
+    def nll(model, batch):
+        return (model(batch["in"][0]) - batch["out"]).square().sum(1)
+
+    assert len(fit(model_of(), [{"in": [x], "out": y, "name": "first"}], nll, epochs=1)) == 1
+
+
+@pytest.mark.parametrize("own_generator", [False, True], ids=["global generator", "own generator"])
+@pytest.mark.parametrize("at", [1, 4])
+def test_an_interrupted_run_ends_as_the_uninterrupted_one(at, own_generator, posterior, tmp_path):
+    """Noise, shuffling, momentum, schedule and cuts: all go on from where they were, bit for bit."""
+
+    def run(path, stop_at=None):
+        model = model_of(posterior)
+        with torch.no_grad():
+            model[0].weight.factors[0][..., 0] *= 1e-3
+            model[0].weight.factors[1][0] *= 1e-3
+        torch.manual_seed(11)
+        loader = shuffled(torch.Generator().manual_seed(5) if own_generator else None)
+        seen = []
+
+        def evaluate():
+            seen.append(1)
+            if stop_at is not None and len(seen) > stop_at:
+                raise KeyboardInterrupt
+            return {"probe": model(data()[0]).sum().item()}
+
+        arguments = {"epochs": 6, "kl_warmup": 2, "prune_threshold": 0.2, "evaluate": evaluate, "checkpoint": path}
+        return model, lambda: fit(model, loader, **arguments)
+
+    whole, go = run(tmp_path / "whole")
+    expected = go()
+    _, go = run(tmp_path / "part", stop_at=at)
+    with pytest.raises(KeyboardInterrupt):
+        go()
+    torch.randn(100)  # Another process has other random numbers behind it.
+    resumed, go = run(tmp_path / "part")
+    torch.manual_seed(99)
+    history = go()
+    assert rf.ranks(resumed) == rf.ranks(whole) != rf.ranks(model_of())
+    assert same_bits(state_of(resumed), state_of(whole))
+    assert [r | {"seconds": 0} for r in history] == [r | {"seconds": 0} for r in expected]
+    finished, go = run(tmp_path / "part")
+    assert go() == history
+    assert same_bits(state_of(finished), state_of(whole))
+
+
+def test_the_checkpoint_does_not_change_the_run(tmp_path):
+    with_one, without = model_of(), model_of()
+    for model, path in ((with_one, tmp_path / "c"), (without, None)):
+        torch.manual_seed(2)
+        fit(model, shuffled(), checkpoint=path)
+    assert same_bits(state_of(with_one), state_of(without))
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    path = tmp_path / "run.pt"
+    fit(model_of(), checkpoint=path)
+    cases = [
+        (model_of(), {"epochs": 5}, r"run.pt is of a run of 3 epochs, not 5. Pass epochs=3"),
+        (nn.Linear(12, 3), {}, r"run.pt is of another model: '0.bias' is in one only"),
+    ]
+    for model, arguments, text in cases:
+        before = state_of(model)
+        with pytest.raises(ValueError, match=text):
+            fit(model, checkpoint=path, **arguments)
+        assert same_bits(state_of(model), before)
+
+
+@pytest.mark.parametrize("keep", [0, 1000, -100])
+def test_a_damaged_checkpoint_is_refused(keep, tmp_path):
+    path = tmp_path / "run.pt"
+    fit(model_of(), checkpoint=path)
+    path.write_bytes(path.read_bytes()[:keep])
+    model = model_of()
+    before = state_of(model)
+    with pytest.raises(ValueError, match=r"run.pt is damaged .*Remove it to start again"):
+        fit(model, checkpoint=path)
+    assert same_bits(state_of(model), before)
+
+
+def test_nan_in_the_data_stops_before_it_reaches_the_parameters():
+    x, y = data()
+    bad = x.clone()
+    bad[3, 5] = float("nan")
+    model = model_of()
+    start = state_of(model)
+    good = [(x, y), (x, y)]
+    text = r"the loss became nan in epoch 1, step 3: all parameters are still finite.*check the inputs for NaN"
+    with pytest.raises(ValueError, match=text):
+        fit(model, [*good, (bad, y)])
+    assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+    assert not same_bits(state_of(model), start)
+    before = state_of(model)
+    with pytest.raises(ValueError, match=r"in epoch 1, step 1"):
+        fit(model, [(bad, y)])
+    assert same_bits(state_of(model), before)
+
+
+def test_the_epoch_of_the_nan_is_counted_from_one():
+    calls = []
+
+    def nll(model, batch):
+        calls.append(1)
+        return squared_error(model, batch) * (float("inf") if len(calls) > 2 else 1.0)
+
+    with pytest.raises(ValueError, match=r"the loss became inf in epoch 3, step 1"):
+        fit(model_of(), nll=nll)
+
+
+def test_a_parameter_that_is_not_finite_is_named():
+    model = model_of()
+    with torch.no_grad():
+        model[2].bias[0] = float("inf")
+    with pytest.raises(ValueError, match=r"'2.bias' is no longer finite"):
+        fit(model)
+
+
+@pytest.mark.parametrize(
+    ("returned", "came"),
+    [(lambda each: each.mean(), r"shape \(\)"), (lambda each: each[:, None], r"shape \(64, 1\)"), (float, "float")],
+)
+def test_nll_is_one_number_per_datum(returned, came):
+    def nll(model, batch):
+        each = squared_error(model, batch)
+        return returned(each) if returned is not float else 1.0
+
+    with pytest.raises(ValueError, match=rf"nll must return one number per datum.*got {came}.*reduction='none'"):
+        fit(model_of(), nll=nll)
+
+
+def test_an_empty_loader_is_refused():
+    with pytest.raises(ValueError, match=r"loader gave no batch. Pass a DataLoader or a list"):
+        fit(model_of(), [])
+    with pytest.raises(ValueError, match=r"loader gave no batch"):
+        fit(model_of(), iter([data()]), epochs=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"num_data": 0}, r"num_data must be positive, got 0. Pass the size of the training set, len\(dataset\)"),
+        ({"num_data": -5}, r"num_data must be positive, got -5"),
+        ({"epochs": 0}, r"epochs must be 1 or more, got 0"),
+        ({"beta": -1.0}, r"beta must be 0 or more, got -1.0. 1 is the evidence lower bound"),
+        ({"kl_warmup": -1}, r"kl_warmup must be 0 epochs or more, got -1"),
+    ],
+)
+def test_arguments_out_of_range_change_nothing(arguments, text):
+    model = model_of()
+    before = state_of(model)
+    with pytest.raises(ValueError, match=text):
+        fit(model, **arguments)
+    assert same_bits(state_of(model), before)
+
+
+def test_progress_is_shown_only_if_wanted(capsys, monkeypatch):
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    fit(model_of(), progress=False)
+    assert capsys.readouterr().out == ""
+    fit(model_of(), progress=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert lines[-1].startswith("epoch 3/3  loss ")
+    assert lines[-1].endswith("ranks 0 4")

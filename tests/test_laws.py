@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+import math
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+
+import laws
+import rankfall as rf
+from conftest import FORMATS
+
+# A composite one, two primes (padded), and one short axis beside a long one.
+SHAPES = [(12, 20), (11, 13), (7, 64)]
+# One, three and four axes: not a matrix, so no linear().
+OTHER_SHAPES = [(30,), (13,), (4, 5, 6), (2, 3, 4, 3)]
+GIVEN_MODES = [
+    (rf.CP(4, out_modes=(3, 4), in_modes=(5, 2, 2)), (12, 20)),
+    (rf.Tucker(3, out_modes=(12,), in_modes=(5, 2, 2)), (12, 20)),
+    (rf.Tucker((2, 2, 3), out_modes=(12,), in_modes=(5, 4)), (12, 20)),
+    (rf.TT(4, out_modes=(12,), in_modes=(2, 2, 5)), (12, 20)),
+    (rf.TT((2, 3, 4), out_modes=(3, 4)), (12, 13)),
+    (rf.TTM(4, out_modes=(4, 3, 1), in_modes=(5, 2, 2)), (12, 20)),
+    (rf.TTM((3, 2), in_modes=(1, 1, 20)), (12, 20)),
+    (rf.TR(3, out_modes=(12,), in_modes=(2, 10)), (12, 20)),
+    (rf.TR((2, 3, 2), out_modes=(1, 12), in_modes=(20,)), (12, 20)),
+]
+
+
+def check_values(t):
+    laws.dense_is_the_contraction(t)
+    laws.sample_is_the_contraction_of_one_draw(t)
+    laws.energies_are_sums_of_squares(t)
+    laws.squared_norm_is_that_of_the_padded_tensor(t)
+
+
+def check_linear(t, batch=(2, 3)):
+    x = torch.randn(*batch, t.shape[1], dtype=torch.float64)
+    laws.linear_is_the_dense_product(t.train(), x)
+    laws.linear_is_the_dense_product(t.eval(), x)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, *OTHER_SHAPES], ids=str)
+def test_values(kind, shape, posterior):
+    check_values(laws.make(kind(4), shape, posterior=posterior))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_linear(kind, shape, posterior):
+    check_linear(laws.make(kind(4), shape, posterior=posterior))
+
+
+# Few rows and many, since the planner forms the weight for one and not for the other.
+@pytest.mark.parametrize("batch", [(), (1,), (0,), (500,)], ids=str)
+def test_linear_of_any_batch(kind, batch):
+    t = laws.make(kind(3), (16, 18), posterior=rf.Point())
+    x = torch.randn(*batch, 18, dtype=torch.float64)
+    assert t.linear(x).shape == (*batch, 16)
+    laws.linear_is_the_dense_product(t, x)
+
+
+@pytest.mark.parametrize(("format", "shape"), GIVEN_MODES, ids=str)
+def test_given_modes(format, shape, posterior):
+    t = laws.make(format, shape, posterior=posterior)
+    assert t.layout.modes[0] == (format.out_modes or t.layout.modes[0])
+    assert t.layout.modes[1] == (format.in_modes or t.layout.modes[1])
+    check_values(t)
+    check_linear(t)
+    laws.kl_is_that_of_the_distributions(t)
+    laws.kl_gradient_is_that_of_the_profiled_bound(t)
+    for bond in t.ranks:
+        laws.cutting_takes_exactly_the_slice(t, bond, 0)
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (11, 13), (30,), (4, 5, 6), (2, 3, 4, 3)], ids=str)
+def test_kl(kind, shape, prior, posterior):
+    t = laws.make(kind(4), shape, prior, posterior)
+    laws.kl_is_that_of_the_distributions(t)
+    laws.kl_gradient_is_that_of_the_profiled_bound(t)
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (11, 13), (30,), (4, 5, 6)], ids=str)
+def test_cuts(kind, shape, posterior):
+    for bond in laws.make(kind(4), shape).ranks:
+        laws.cutting_takes_exactly_the_slice(laws.make(kind(4), shape, posterior=posterior).train(), bond, 1)
+        laws.cutting_a_zero_slice_changes_nothing(laws.make(kind(4), shape, posterior=posterior), bond, 0)
+
+
+def test_many_cuts_in_a_row_end_at_rank_zero(kind, posterior):
+    t = laws.make(kind(2), (6, 8), posterior=posterior)
+    for bond in t.ranks:
+        while t.ranks[bond]:
+            laws.cutting_takes_exactly_the_slice(t, bond, 0)
+    assert set(t.ranks.values()) == {0}
+    assert torch.equal(t.dense(), torch.zeros(6, 8, dtype=torch.float64))
+    assert torch.equal(t.linear(torch.randn(3, 8, dtype=torch.float64)), torch.zeros(3, 6, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (11, 13), (4, 5, 6)], ids=str)
+def test_state_dict(kind, shape, posterior):
+    t = laws.make(kind(4), shape, posterior=posterior)
+    laws.state_dict_crosses_ranks(t, laws.make(kind(2), shape, posterior=posterior))
+    for bond in t.ranks:
+        t.keep_slices_(bond, torch.arange(1, t.ranks[bond]))
+    laws.state_dict_crosses_ranks(t, laws.make(kind(4), shape, posterior=posterior))
+
+
+@pytest.mark.parametrize("shape", [(64, 48), (31, 47)], ids=str)
+def test_initial_variance_is_that_of_he(kind, shape):
+    out_features, in_features = shape
+    mean_square = sum(
+        rf.nn.Linear(in_features, out_features, format=kind(5)).weight.dense().square().mean().item() for _ in range(50)
+    )
+    assert math.sqrt(mean_square / 50) == pytest.approx(math.sqrt(2 / in_features), rel=0.1)
+
+
+def test_initial_std_of_a_lone_tensor(kind):
+    draws = [rf.LowRankTensor((24, 5, 8), kind(3), initial_std=0.7).dense().square().mean().item() for _ in range(10)]
+    assert math.sqrt(sum(draws) / 10) == pytest.approx(0.7, rel=0.1)
+
+
+@st.composite
+def formats_and_shapes(draw):
+    kind = draw(st.sampled_from(FORMATS))
+    rank = draw(st.integers(1, 5))
+    modes = st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple)
+    out_modes, in_modes = draw(modes), draw(modes)
+    if kind is rf.TTM:
+        count = max(2, len(out_modes), len(in_modes))
+        out_modes += (1,) * (count - len(out_modes))
+        in_modes = (1,) * (count - len(in_modes)) + in_modes
+    shape = (math.prod(out_modes), math.prod(in_modes))
+    if draw(st.booleans()):
+        return kind(rank, out_modes=out_modes, in_modes=in_modes), shape
+    return kind(rank), draw(st.tuples(st.integers(1, 40), st.integers(1, 40)))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(
+    case=formats_and_shapes(),
+    prior=st.sampled_from([rf.LogUniform(), rf.HalfCauchy(2.0)]),
+    posterior=st.sampled_from([rf.Point(), rf.MeanField(0.1)]),
+    seed=st.integers(0, 2**16),
+)
+def test_any_shape_rank_and_modes(case, prior, posterior, seed):
+    torch.manual_seed(seed)
+    t = laws.make(*case, prior, posterior)
+    check_values(t)
+    check_linear(t)
+    laws.kl_is_that_of_the_distributions(t)
+    laws.kl_gradient_is_that_of_the_profiled_bound(t)
+    bond = list(t.ranks)[seed % len(t.ranks)]
+    laws.cutting_takes_exactly_the_slice(t, bond, seed % t.ranks[bond])
