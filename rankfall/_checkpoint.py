@@ -15,6 +15,7 @@ from rankfall._files import write_atomic
 from rankfall._formats import CP, TR, TT, TTM, Format, Tucker
 from rankfall._posteriors import MeanField, Point, Posterior
 from rankfall._priors import HalfCauchy, LogUniform, Prior
+from rankfall._states import check_state
 from rankfall._swap import swap_
 from rankfall._tensor import LowRankTensor, layer_path
 from rankfall._tensorize import Spec, build_replacements
@@ -74,8 +75,8 @@ def save(model: nn.Module, path: Path | str) -> None:
 def load(path: Path | str, model: nn.Module | None = None) -> Any:  # noqa: ANN401  a module or a state_dict
     """Reads a file that `save` wrote: into a model, or as a state_dict.
 
-    A model that is still dense is tensorized as the file says; one with low-rank layers takes the file's ranks.
-    Make the optimizer afterwards, or load its state too.
+    A model that is still dense is tensorized as the file says; one with low-rank layers takes the file's ranks and
+    keeps its own prior. Values are cast to the model's types. Make the optimizer afterwards, or load its state too.
 
     Args:
         path: The file.
@@ -98,7 +99,7 @@ def load(path: Path | str, model: nn.Module | None = None) -> Any:  # noqa: ANN4
     replaced = {id(replacements[id(m)]): m for m in model.modules() if id(m) in replacements}
     model = swap_(model, replacements)
     try:
-        _check(model, state, layers, Path(path))
+        check_state(model, state, path)
     except ValueError:
         swap_(model, replaced)
         raise
@@ -122,40 +123,6 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     notes = json.loads(metadata[_KEY])
     state |= {key: state[original] for key, original in notes["aliases"].items()}
     return state, notes["layers"]
-
-
-def _check(model: nn.Module, state: Mapping[str, Tensor], layers: Mapping[str, Any], path: Path) -> None:
-    """Refuses a file of another architecture before any value changes."""
-    own = model.state_dict()
-    kind = type(model).__name__
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    if missing or unexpected:
-        raise ValueError(
-            f"{path} is of another architecture than this {kind}: missing {_some(missing)}; "
-            f"unexpected {_some(unexpected)}. Make the model that was saved, then load."
-        )
-    of_tensors: set[str] = set()
-    for name, tensor in model.named_modules(remove_duplicate=False):
-        if isinstance(tensor, LowRankTensor):
-            keys = [f"{name}.{key}".removeprefix(".") for key in tensor.state_dict()]
-            of_tensors.update(keys)
-            shapes = [tuple(state[key].shape) for key in keys if ".log_stds." not in f".{key}"]
-            if not tensor.fits(shapes):
-                raise ValueError(
-                    f"{name!r} is {_to_json(tensor.format)} of shape {tensor.shape} here, but {path} holds "
-                    f"{layers.get(name, {}).get('format', 'a dense weight')} with factors {shapes}. "
-                    "Make the layer with the format and sizes it was saved with."
-                )
-    for key in own.keys() - of_tensors:
-        if own[key].shape != state[key].shape:
-            raise ValueError(
-                f"{key!r} has shape {tuple(state[key].shape)} in {path}, but {tuple(own[key].shape)} in this {kind}. "
-                "Make the model with the sizes it was saved with."
-            )
-
-
-def _some(keys: list[str]) -> str:
-    return (", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")) or "nothing"
 
 
 def _to_json(value: Format | Prior | Posterior) -> dict[str, Any]:

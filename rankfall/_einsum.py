@@ -19,6 +19,8 @@ BATCH = "..."
 # One float32 moved costs about as much as this many floating-point operations on a current CPU core
 # (some 100 GFLOP/s beside 40 GB/s); it keeps the planner from orders that save arithmetic and lose it to copies.
 _FLOPS_PER_ELEMENT_MOVED = 10
+# The exact search takes milliseconds up to here, and seconds for networks of twice as many tensors.
+_MOST_PLANNED_EXACTLY = 16
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ def _order(inputs: Sequence[Axes], output: Axes, sizes: dict[str, int]) -> list[
     symbol = {name: opt_einsum.get_symbol(k) for k, name in enumerate(sizes)}
     spelled = ["".join(symbol[n] for n in axes) for axes in (*inputs, output)]
     shapes = [tuple(max(1, sizes[n]) for n in axes) for axes in inputs]
-    search = opt_einsum.DynamicProgramming(minimize=f"combo-{_FLOPS_PER_ELEMENT_MOVED}")
+    exact = opt_einsum.DynamicProgramming(minimize=f"combo-{_FLOPS_PER_ELEMENT_MOVED}")
+    search = exact if len(inputs) <= _MOST_PLANNED_EXACTLY else "greedy"
     path, _ = opt_einsum.contract_path(
         ",".join(spelled[:-1]) + "->" + spelled[-1], *shapes, shapes=True, optimize=search
     )

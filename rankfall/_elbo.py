@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The evidence lower bound as a loss."""
 
+import math
+
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -33,6 +35,18 @@ def kl(model: nn.Module) -> Float[Tensor, ""]:
     return total
 
 
+def check_weights(num_data: float, beta: float) -> None:
+    """Refuses weights of data against prior that make no bound.
+
+    Raises:
+        ValueError: If `num_data` is not a positive number, or `beta` is negative.
+    """
+    if not 0 < num_data < math.inf:
+        raise ValueError(f"num_data must be positive, got {num_data}. Pass the size of the training set, len(dataset).")
+    if not 0 <= beta < math.inf:
+        raise ValueError(f"beta must be 0 or more, got {beta}. 1 is the evidence lower bound.")
+
+
 class ELBOLoss:
     """The negative evidence lower bound per datum, to be minimised: nll_mean + beta * KL / num_data.
 
@@ -52,12 +66,7 @@ class ELBOLoss:
     """
 
     def __init__(self, model: nn.Module, num_data: int, beta: float = 1.0) -> None:
-        if not num_data > 0:
-            raise ValueError(
-                f"num_data must be positive, got {num_data}. Pass the size of the training set, len(dataset)."
-            )
-        if not beta >= 0:
-            raise ValueError(f"beta must be 0 or more, got {beta}. 1 is the evidence lower bound.")
+        check_weights(num_data, beta)
         self.model, self.num_data, self.beta = model, num_data, beta
 
     def __call__(self, nll_mean: Float[Tensor, ""]) -> Float[Tensor, ""]:

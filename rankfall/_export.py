@@ -51,6 +51,10 @@ def export(model: nn.Module, dense: bool = False, *, batch_size: int = 1) -> nn.
         shared = factors.setdefault(id(layer.weight), _weights(layer, dense))
         plain = _dense_linear(layer, shared[0]) if dense else _factored_linear(layer, shared, batch_size)
         replacements[id(layer)] = plain.train(layer.training)
+    for module in copied.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            # Its fused kernel reads the `weight` of its linear layers, which a chain of factors does not have.
+            module.activation_relu_or_gelu = 0 if not dense else module.activation_relu_or_gelu
     return swap_(copied, replacements)
 
 

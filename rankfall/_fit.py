@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
-from rankfall._elbo import kl
+from rankfall._elbo import check_weights, kl
 from rankfall._files import write_atomic
 from rankfall._progress import ProgressBar
-from rankfall._ranks import prune_, ranks
+from rankfall._ranks import check_threshold, prune_, ranks
+from rankfall._states import check_state
 from rankfall._summary import summary
 from rankfall._tensor import low_rank_tensors
 
@@ -95,6 +96,10 @@ def fit(  # noqa: PLR0913  one call with defaults is what a reference loop is fo
         ImportError: If accelerate is not installed.
     """
     _check_arguments(epochs, num_data, beta, kl_warmup)
+    if prune_threshold is not None:
+        check_threshold(prune_threshold)
+    if checkpoint is not None and not Path(checkpoint).parent.is_dir():
+        raise ValueError(f"no folder {Path(checkpoint).parent} for the checkpoint. Make it first.")
     accelerator = _make_accelerator() if accelerator is None else accelerator
     if accelerator.num_processes > 1:
         raise ValueError("rf.fit runs on one process; start it without torchrun or `accelerate launch`.")
@@ -128,10 +133,7 @@ def fit(  # noqa: PLR0913  one call with defaults is what a reference loop is fo
 def _check_arguments(epochs: int, num_data: int, beta: float, kl_warmup: int) -> None:
     if epochs < 1:
         raise ValueError(f"epochs must be 1 or more, got {epochs}.")
-    if not num_data > 0:
-        raise ValueError(f"num_data must be positive, got {num_data}. Pass the size of the training set, len(dataset).")
-    if not beta >= 0:
-        raise ValueError(f"beta must be 0 or more, got {beta}. 1 is the evidence lower bound.")
+    check_weights(num_data, beta)
     if kl_warmup < 0:
         raise ValueError(f"kl_warmup must be 0 epochs or more, got {kl_warmup}.")
 
@@ -230,6 +232,7 @@ class _State:
     def __init__(
         self, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, loader: object, epochs: int
     ) -> None:
+        self.model, self.optimizer = model, optimizer
         self.parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
         self.generator = getattr(loader, "generator", None)
         self.epochs = epochs
@@ -246,15 +249,17 @@ class _State:
             return []
         try:
             state = torch.load(path, weights_only=True)
+            started, parts = state["epochs"], {name: state[name] for name in self.parts}
         except Exception as error:
-            raise ValueError(f"{path} is damaged ({error}). Remove it to start again.") from error
-        if state["epochs"] != self.epochs:
             raise ValueError(
-                f"{path} is of a run of {state['epochs']} epochs, not {self.epochs}. Pass epochs={state['epochs']}."
-            )
-        own = self.parts["model"].state_dict().keys()
-        if own != state["model"].keys():
-            raise ValueError(f"{path} is of another model: {sorted(own ^ state['model'].keys())[0]!r} is in one only.")
+                f"{path} is damaged or no checkpoint of rf.fit ({error}). Remove it to start anew."
+            ) from error
+        if started != self.epochs:
+            raise ValueError(f"{path} is of a run of {started} epochs, not {self.epochs}. Pass epochs={started}.")
+        check_state(self.model, parts["model"], path)
+        groups, saved = self.optimizer.param_groups, parts["optimizer"]["param_groups"]
+        if [len(g["params"]) for g in groups] != [len(g["params"]) for g in saved]:
+            raise ValueError(f"{path} is of an optimizer with other parameter groups. Make the optimizer as before.")
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         self._set_random_states(state["random"])

@@ -44,7 +44,8 @@ def balanced_modes(width: int, count: int) -> tuple[int, ...]:
     side = math.isqrt(width)
     if count % 2 == 0 and side * side == width and width > 1:
         half = balanced_modes(side, count // 2)
-        return half + half
+        if math.prod(half) == side:
+            return half + half
     useful = min(count, mode_count(width, _SMALL_MODE)) if width > _WHOLE else 1
     if useful == 1:
         return (1,) * (count - 1) + (width,)

@@ -23,6 +23,19 @@ def ranks(model: nn.Module) -> dict[str, dict[str, int]]:
     return {layer_path(path): tensor.ranks for path, tensor in low_rank_tensors(model)}
 
 
+def check_threshold(threshold: float) -> None:
+    """Refuses a threshold that is no fraction.
+
+    Raises:
+        ValueError: If `threshold` is outside 0 to 1.
+    """
+    if not 0 <= threshold < 1:
+        raise ValueError(
+            f"threshold must be from 0 up to but not including 1, got {threshold}: it is a fraction of the "
+            "largest prior scale of a bond. Pass for example threshold=1e-2."
+        )
+
+
 def prune_(model: M, optimizer: Optimizer | None = None, *, threshold: float) -> M:
     """Removes the slices whose prior scale has fallen away, in place.
 
@@ -53,11 +66,7 @@ def prune_(model: M, optimizer: Optimizer | None = None, *, threshold: float) ->
 
     Source: Hawkins, Liu, Zhang, arXiv 2010.08689, section 3.4; there slices are masked, here they are gone.
     """
-    if not 0 <= threshold < 1:
-        raise ValueError(
-            f"threshold must be from 0 up to but not including 1, got {threshold}: it is a fraction of the "
-            "largest prior scale of a bond. Pass for example threshold=1e-2."
-        )
+    check_threshold(threshold)
     tensors = list(low_rank_tensors(model))
     if not tensors:
         raise ValueError(

@@ -22,7 +22,7 @@ def keep_(parameter: nn.Parameter, dim: int, index: Tensor, optimizer: Optimizer
         torch.Size([2, 2])
 
     Args:
-        parameter: The parameter to shrink. No graph of an unfinished step may hold it: call this between steps.
+        parameter: The parameter to shrink, between steps: a backward pass through a graph made before cannot follow.
         dim: The dimension that is cut.
         index: The indices that stay, in the order they stay in, shape (kept,).
         optimizer: The optimizer that owns the parameter; None where there is none yet, or it does not own it.
@@ -39,11 +39,19 @@ def _map_(parameter: nn.Parameter, change: Callable[[Tensor], Tensor], optimizer
             if isinstance(value, Tensor) and value.shape == shape and value.dim() > 0:
                 state[name] = change(value)
     gradient = parameter.grad
-    # A gradient of the old shape may not stand beside data of the new one, not even for a moment.
-    parameter.grad = None
-    parameter.data = change(parameter.data)
+    _replace_(parameter, change(parameter.data))
     if gradient is not None:
         parameter.grad = change(gradient)
+
+
+def _replace_(parameter: nn.Parameter, data: Tensor) -> None:
+    # A gradient of the old shape may not stand beside data of the new one, not even for a moment.
+    parameter.grad = None
+    # While a loss of an earlier step is still referred to, its graph keeps the node that accumulates this parameter's
+    # gradient, old shape and all, and the next step would be handed that node. A change of type makes torch drop it.
+    other_type = torch.float32 if parameter.dtype == torch.float64 else torch.float64
+    parameter.data = data.new_empty(0, dtype=other_type)
+    parameter.data = data
 
 
 def resize_(parameter: nn.Parameter, shape: tuple[int, ...]) -> None:
@@ -56,5 +64,4 @@ def resize_(parameter: nn.Parameter, shape: tuple[int, ...]) -> None:
         torch.Size([2, 2])
     """
     if parameter.shape != shape:
-        parameter.grad = None
-        parameter.data = parameter.data.new_empty(shape)
+        _replace_(parameter, parameter.data.new_empty(shape))

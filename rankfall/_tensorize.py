@@ -17,6 +17,16 @@ from rankfall.nn import Linear
 
 logger = logging.getLogger(__name__)
 
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
 Filter: TypeAlias = Callable[[nn.Module, str], bool]
 
 
@@ -81,6 +91,12 @@ def build_replacements(model: nn.Module, specs: Mapping[str, Spec], *, from_dens
         ValueError: As for `tensorize_`.
     """
     layers = {path: layer for path, layer in _find(model, None) if path in specs}
+    for path, layer in layers.items():
+        if "weight" not in layer._parameters:
+            raise ValueError(
+                f"{path!r} computes its weight from other parameters ({', '.join(layer._parameters)}). "
+                "Undo that first, for example with torch.nn.utils.remove_weight_norm, or leave it out with filter_fn."
+            )
     _check_sharing(model, {id(layer.weight): path for path, layer in layers.items()}, set(map(id, layers.values())))
     weights: dict[int, LowRankTensor] = {}
     replacements: dict[int, Linear] = {}
@@ -91,8 +107,15 @@ def build_replacements(model: nn.Module, specs: Mapping[str, Spec], *, from_dens
                 weights[id(layer.weight)].path = path
         except (ValueError, TypeError) as error:
             raise type(error)(f"{path or type(layer).__name__!r}: {error}") from error
-        replacements[id(layer)] = Linear.around(weights[id(layer.weight)], layer.bias).train(layer.training)
+        replacements[id(layer)] = _with_hooks_of(layer, Linear.around(weights[id(layer.weight)], layer.bias))
     return replacements
+
+
+def _with_hooks_of(old: nn.Linear, new: Linear) -> Linear:
+    # The dictionaries themselves, so that the handles that remove a hook go on working.
+    for name in _HOOKS:
+        setattr(new, name, getattr(old, name))
+    return new.train(old.training)
 
 
 def _find(model: nn.Module, filter_fn: Filter | None) -> list[tuple[str, nn.Linear]]:

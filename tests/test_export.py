@@ -137,3 +137,13 @@ def test_a_saved_export_runs_where_rankfall_is_not_installed(tmp_path):
         cwd=tmp_path,
     )
     assert done.stdout == f"{2 * len(FORMATS)} loaded\n", done.stderr
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["factored", "dense"])
+def test_a_transformer_layer_is_exported(dense):
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    rf.tensorize_(model, rf.TT(3))
+    model.eval()
+    x = torch.randn(2, 5, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(rf.export(model, dense=dense)(x), model(x), rtol=1e-4, atol=1e-5)

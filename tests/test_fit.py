@@ -212,7 +212,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     fit(model_of(), checkpoint=path)
     cases = [
         (model_of(), {"epochs": 5}, r"run.pt is of a run of 3 epochs, not 5. Pass epochs=3"),
-        (nn.Linear(12, 3), {}, r"run.pt is of another model: '0.bias' is in one only"),
+        (nn.Linear(12, 3), {}, r"run.pt is of another architecture than this Linear: missing bias, weight"),
     ]
     for model, arguments, text in cases:
         before = state_of(model)
@@ -228,8 +228,33 @@ def test_a_damaged_checkpoint_is_refused(keep, tmp_path):
     path.write_bytes(path.read_bytes()[:keep])
     model = model_of()
     before = state_of(model)
-    with pytest.raises(ValueError, match=r"run.pt is damaged .*Remove it to start again"):
+    with pytest.raises(ValueError, match=r"run.pt is damaged .*Remove it to start anew"):
         fit(model, checkpoint=path)
+    assert same_bits(state_of(model), before)
+
+
+def test_a_checkpoint_of_other_widths_or_no_checkpoint_changes_nothing(tmp_path):
+    path = tmp_path / "run.pt"
+    fit(model_of(), checkpoint=path)
+    wider = nn.Sequential(rf.nn.Linear(12, 9, format=rf.TTM(4)), nn.Tanh(), nn.Linear(9, 3))
+    assert wider.state_dict().keys() == model_of().state_dict().keys()
+    before = state_of(wider)
+    with pytest.raises(ValueError, match=r"run.pt holds factors .*Make the layer with the format and sizes"):
+        fit(wider, checkpoint=path)
+    torch.save({"model": {}}, path)
+    with pytest.raises(ValueError, match=r"damaged or no checkpoint of rf.fit \('epochs'\)"):
+        fit(wider, checkpoint=path)
+    assert same_bits(state_of(wider), before)
+
+
+def test_a_checkpoint_of_another_optimizer_changes_nothing(tmp_path):
+    path = tmp_path / "run.pt"
+    fit(model_of(), checkpoint=path)
+    model = model_of()
+    before = state_of(model)
+    optimizer = torch.optim.Adam([{"params": [p]} for p in model.parameters()])
+    with pytest.raises(ValueError, match=r"of an optimizer with other parameter groups. Make the optimizer as before"):
+        fit(model, checkpoint=path, optimizer=optimizer)
     assert same_bits(state_of(model), before)
 
 
@@ -298,6 +323,9 @@ def test_an_empty_loader_is_refused():
         ({"epochs": 0}, r"epochs must be 1 or more, got 0"),
         ({"beta": -1.0}, r"beta must be 0 or more, got -1.0. 1 is the evidence lower bound"),
         ({"kl_warmup": -1}, r"kl_warmup must be 0 epochs or more, got -1"),
+        ({"num_data": float("inf")}, r"num_data must be positive, got inf"),
+        ({"prune_threshold": 2.0}, r"threshold must be from 0 up to but not including 1, got 2.0"),
+        ({"checkpoint": "nowhere/run.pt"}, r"no folder nowhere for the checkpoint. Make it first"),
     ],
 )
 def test_arguments_out_of_range_change_nothing(arguments, text):

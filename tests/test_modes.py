@@ -66,3 +66,7 @@ def test_pairs_are_balanced_between_the_axes():
         products = [math.prod(column) for column in zip(*rows, strict=True)]
         in_order = [math.prod(c) for c in zip(*(sorted(row) for row in rows), strict=True)]
         assert max(products) <= max(in_order)
+
+
+def test_the_square_of_a_prime_is_not_split_as_its_side():
+    assert math.prod(balanced_modes(169, 4)) < 1.1 * 169

@@ -184,3 +184,30 @@ def test_factors_that_are_not_finite_are_refused_and_stay(value):
     with pytest.raises(ValueError, match=r"'1' has factors that are NaN or infinite. Go back to a checkpoint"):
         rf.prune_(model, threshold=0.1)
     assert rf.ranks(model) == before
+
+
+def test_training_goes_on_while_the_last_loss_is_still_referred_to(kind, posterior):
+    """Every training loop has such a variable: it keeps the graph of the step before the cut."""
+    layer = rf.nn.Linear(12, 20, format=kind(3), posterior=posterior)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=1e-2)
+    x = torch.randn(6, 12)
+    for cut in (None, 2, 1):
+        if cut is not None:
+            for bond in layer.weight.ranks:
+                layer.weight.keep_slices_(bond, torch.arange(cut), optimizer)
+        loss = layer(x).square().mean() + 1e-3 * rf.kl(layer)
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad.shape == p.shape for p in layer.parameters())
+        optimizer.step()
+
+
+def test_loading_other_ranks_while_a_loss_is_still_referred_to(kind):
+    layer, smaller = (rf.nn.Linear(12, 20, format=kind(rank)) for rank in (3, 2))
+    x = torch.randn(6, 12)
+    loss = layer(x).square().mean()
+    loss.backward()
+    layer.load_state_dict(smaller.state_dict())
+    loss = layer(x).square().mean()
+    loss.backward()
+    assert layer.weight.factors[0].grad.shape == smaller.weight.factors[0].shape

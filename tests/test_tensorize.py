@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
+import warnings
 
 import pytest
 import torch
@@ -254,3 +255,25 @@ def test_log_names_the_layers(caplog):
     with caplog.at_level("INFO", logger="rankfall"):
         rf.tensorize_(mlp(), rf.TT(3))
     assert "tensorized 3 layers: 0, 2.0, 2.1" in caplog.text
+
+
+def test_hooks_are_carried_and_their_handles_still_remove_them():
+    model = mlp()
+    seen = []
+    handle = model[0].register_forward_hook(lambda module, inputs, output: seen.append(type(module)))
+    rf.tensorize_(model, rf.TT(3))
+    model(torch.randn(2, 12))
+    handle.remove()
+    model(torch.randn(2, 12))
+    assert seen == [rf.nn.Linear]
+
+
+def test_a_weight_computed_from_others_is_refused():
+    model = mlp()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        nn.utils.weight_norm(model[0])
+    before = fingerprint(model)
+    with pytest.raises(ValueError, match=r"'0' computes its weight from other parameters \(.*weight_g, weight_v\)"):
+        rf.tensorize_(model, rf.TT(3))
+    assert_untouched(model, before)
