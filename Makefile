@@ -13,7 +13,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
 help:
 	@echo 'make demo    train a small network on handwritten digits and watch its ranks fall'
 	@echo 'make test    run the tests and the examples in the docstrings'
-	@echo 'make check   check formatting, lint, types and the layers of the package'
+	@echo 'make check   check formatting, lint, types, tensor shapes and the layers of the package'
 	@echo 'make format  format the source and mend what the linter can mend'
 	@echo 'make env     install the package and all it needs into $(VENV) (the targets above do so)'
 	@echo 'make clean   remove $(VENV), caches and build outputs (not runs/)'
@@ -40,6 +40,7 @@ check: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q tests/test_laws.py -k 'not any_shape' --jaxtyping-packages=rankfall,beartype.beartype
 
 format: $(READY)
 	$(BIN)/ruff format
