@@ -130,8 +130,8 @@ def _to_json(value: Format | Prior | Posterior) -> dict[str, Any]:
 
 
 def _from_json(notes: Mapping[str, Any]) -> Any:  # noqa: ANN401  one of _KINDS
-    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in notes.items() if key != "kind"}
-    return _KINDS[notes["kind"]](**fields)
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in notes.items()}
+    return _KINDS[fields.pop("kind")](**fields)
 
 
 def _to_spec(notes: Mapping[str, Any]) -> Spec:

@@ -3,7 +3,8 @@
 
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -22,6 +23,7 @@ from rankfall._tensor import low_rank_tensors
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from accelerate.optimizer import AcceleratedOptimizer
 
 Batch: TypeAlias = Any
 NLL: TypeAlias = Callable[[nn.Module, Batch], Tensor]
@@ -104,11 +106,13 @@ def fit(  # noqa: PLR0913  one call with defaults is what a reference loop is fo
     if accelerator.num_processes > 1:
         raise ValueError("rf.fit runs on one process; start it without torchrun or `accelerate launch`.")
     scheduler = CosineAnnealingLR(optimizer, T_max=max(epochs, 1)) if scheduler is None else scheduler
-    prepared, stepper = accelerator.prepare(model, optimizer)
     has_kl = any(low_rank_tensors(model))
     state = _State(model, optimizer, scheduler, loader, epochs)
     history = state.restore(checkpoint)
-    with ProgressBar(epochs, len(history), shown=progress) as bar:
+    with (
+        _prepared(accelerator, model, optimizer) as (prepared, stepper),
+        ProgressBar(epochs, len(history), shown=progress) as bar,
+    ):
         for epoch in range(len(history), epochs):
             started = time.perf_counter()
             warm = beta * min(1.0, epoch / kl_warmup) if kl_warmup else beta
@@ -144,6 +148,18 @@ def _make_accelerator() -> "Accelerator":
     except ImportError as error:
         raise ImportError("rf.fit needs accelerate: pip install 'rankfall[train]'.") from error
     return Accelerator()
+
+
+@contextmanager
+def _prepared(
+    accelerator: "Accelerator", model: nn.Module, optimizer: Optimizer
+) -> Iterator[tuple[nn.Module, "AcceleratedOptimizer"]]:
+    """Model and optimizer as Accelerate wants them; afterwards the model's forward is its own again."""
+    prepared, stepper = accelerator.prepare(model, optimizer)
+    try:
+        yield prepared, stepper
+    finally:
+        accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
 
 
 class _Objective:
@@ -186,7 +202,7 @@ class _Objective:
             )
 
 
-def _train_epoch(objective: _Objective, loader: Iterable[Batch], optimizer: Any) -> Record:  # noqa: ANN401  accelerate's wrapper
+def _train_epoch(objective: _Objective, loader: Iterable[Batch], optimizer: "AcceleratedOptimizer") -> Record:
     objective.model.train()
     device = objective.accelerator.device
     total, weighted, divergence = (torch.zeros((), device=device) for _ in range(3))

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
+import copy
+
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -346,3 +350,26 @@ def test_progress_is_shown_only_if_wanted(capsys, monkeypatch):
     assert len(lines) == 3
     assert lines[-1].startswith("epoch 3/3  loss ")
     assert lines[-1].endswith("ranks 0 4")
+
+
+def test_mixed_precision_keeps_the_kl_wide_and_leaves_the_model_as_it_was():
+    model = model_of()
+    seen = []
+    model[0].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    # Accelerate keeps one precision per process.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        fit(model, accelerator=Accelerator(mixed_precision="bf16", cpu=True))
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert set(seen) == {torch.bfloat16}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert not hasattr(model.forward, "__wrapped__")
+
+
+def test_a_fit_leaves_a_model_that_can_be_copied():
+    model = model_of()
+    fit(model)
+    twin = copy.deepcopy(model)
+    x, _ = data()
+    assert torch.equal(twin.eval()(x), model.eval()(x))
