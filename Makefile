@@ -39,7 +39,7 @@ check: $(READY)
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/python -m pytest -q tests/test_laws.py -k 'not any_shape' --jaxtyping-packages=rankfall,beartype.beartype
 
 format: $(READY)

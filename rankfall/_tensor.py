@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rankfall import _contract, _decompose
+from rankfall._divergence import governed_moments, kl_of_factors, per_slice, second_moments
 from rankfall._formats import Format
 from rankfall._posteriors import MeanField, Posterior, draw
-from rankfall._priors import HalfCauchy, Prior, kl_of_moments
+from rankfall._priors import HalfCauchy, Prior
 from rankfall._resize import keep_, resize_
 
-_CORE_STD = 10.0  # Prior standard deviation of the Tucker core (arXiv 2010.08689, section 3).
 _TRUNCATION = 2.0  # Factors start from a normal cut off at this many standard deviations.
 
 
@@ -153,17 +153,7 @@ class LowRankTensor(nn.Module):
         Point: the negative log prior up to a constant; terms in std are dropped (arXiv 2010.08689, equation 12).
         """
         with torch.autocast(self.factors[0].device.type, enabled=False):
-            squares = self._second_moments()
-            total = sum(
-                (kl_of_moments(self.prior, moment, count) for moment, count in self._moments(squares).values()),
-                start=squares[0].new_zeros(()),
-            )
-            if self.layout.core is not None:
-                core = squares[self.layout.core]
-                total = total + 0.5 * core.sum() / _CORE_STD**2 + core.numel() * math.log(_CORE_STD)
-            for log_std in self.log_stds:
-                total = total - _wide(log_std).sum() - 0.5 * log_std.numel()
-            return total
+            return kl_of_factors(self.layout, self.prior, list(self.factors), list(self.log_stds))
 
     @torch.no_grad()
     def prior_scales(self, *, means_only: bool = False) -> dict[str, Float[Tensor, " rank"]]:
@@ -174,17 +164,17 @@ class LowRankTensor(nn.Module):
                 rf.MeanField the scale of a dead slice rests on its own noise, a factor of ten or so below the others;
                 that of its means goes on falling.
         """
-        squares = [_wide(f).square() for f in self.factors] if means_only else self._second_moments()
+        squares = second_moments(list(self.factors), [] if means_only else list(self.log_stds))
         return {
             bond: self.prior.variance(moment, max(count, 1)).sqrt()
-            for bond, (moment, count) in self._moments(squares).items()
+            for bond, (moment, count) in governed_moments(self.layout, squares).items()
         }
 
     @torch.no_grad()
     def energies(self) -> dict[str, Float[Tensor, " rank"]]:
         """The energy of every slice: sum of squares of its entries (posterior means) in all factors that bear it."""
-        squares = [_wide(f).square() for f in self.factors]
-        return {bond: _per_slice(squares, self.layout.places(bond)) for bond in self.layout.bonds}
+        squares = second_moments(list(self.factors))
+        return {bond: per_slice(squares, self.layout.places(bond)) for bond in self.layout.bonds}
 
     def keep_slices_(self, bond: str, index: Tensor, optimizer: Optimizer | None = None) -> None:
         """Keeps the given slices of a bond and removes the others from factors, gradients and optimizer state.
@@ -249,20 +239,6 @@ class LowRankTensor(nn.Module):
             return list(self.factors)
         return [draw(mean, log_std) for mean, log_std in zip(self.factors, self.log_stds, strict=True)]
 
-    def _second_moments(self) -> list[Tensor]:
-        squares = [_wide(f).square() for f in self.factors]
-        if len(self.log_stds):
-            squares = [s + (2 * _wide(log_std)).exp() for s, log_std in zip(squares, self.log_stds, strict=True)]
-        return squares
-
-    def _moments(self, squares: Sequence[Tensor]) -> dict[str, tuple[Tensor, int]]:
-        """For each bond the second moment of every slice, and the number of entries a slice governs."""
-        out = {}
-        for bond, places in self.layout.governs:
-            count = sum(squares[k].numel() // max(squares[k].shape[dim], 1) for k, dim in places)
-            out[bond] = (_per_slice(squares, places), count)
-        return out
-
 
 def low_rank_tensors(model: nn.Module) -> Iterator[tuple[str, LowRankTensor]]:
     """Every low-rank tensor of a model with its path; a tensor that two layers share is given once."""
@@ -275,15 +251,6 @@ def layer_path(path: str) -> str:
     """The path of the layer that a low-rank tensor at `path` is the weight of."""
     parent, _, name = path.rpartition(".")
     return parent if name == "weight" else path
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def _per_slice(squares: Sequence[Tensor], places: Sequence[tuple[int, int]]) -> Tensor:
-    sums = [squares[k].sum([d for d in range(squares[k].dim()) if d != dim]) for k, dim in places]
-    return torch.stack(sums).sum(0) if len(sums) > 1 else sums[0]
 
 
 def _check_kinds(format: object, prior: object, posterior: object) -> None:
