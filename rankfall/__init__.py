@@ -19,6 +19,7 @@ from rankfall._posteriors import MeanField as MeanField
 from rankfall._posteriors import Point as Point
 from rankfall._priors import HalfCauchy as HalfCauchy
 from rankfall._priors import LogUniform as LogUniform
+from rankfall._ranks import canonicalize_ as canonicalize_
 from rankfall._ranks import prune_ as prune_
 from rankfall._ranks import ranks as ranks
 from rankfall._summary import summary as summary

@@ -7,6 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+# What torch's optimizers call a running mean of gradients.
+_MOMENTA = ("exp_avg", "momentum_buffer", "grad_avg", "prev")
+
 
 def keep_(parameter: nn.Parameter, dim: int, index: Tensor, optimizer: Optimizer | None = None) -> None:
     """Keeps the given indices of one dimension of a parameter, of its gradient and of its optimizer state.
@@ -52,6 +55,28 @@ def _replace_(parameter: nn.Parameter, data: Tensor) -> None:
     other_type = torch.float32 if parameter.dtype == torch.float64 else torch.float64
     parameter.data = data.new_empty(0, dtype=other_type)
     parameter.data = data
+
+
+@torch.no_grad()
+def forget_(parameter: nn.Parameter, optimizer: Optimizer) -> None:
+    """Makes the optimizer forget which entry of a parameter was which, after the entries have been mixed.
+
+    Momenta become 0, and so does other signed state; state that is never negative (second moments) becomes its mean
+    over the parameter. The next steps have the usual size, and no direction of the time before. Step counts stay.
+
+    Example:
+        >>> p = nn.Parameter(torch.ones(2))
+        >>> optimizer = torch.optim.Adam([p])
+        >>> p.grad = torch.tensor([1.0, 3.0])
+        >>> optimizer.step()
+        >>> forget_(p, optimizer)
+        >>> optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"]
+        (tensor([0., 0.]), tensor([0.0050, 0.0050]))
+    """
+    for name, value in optimizer.state.get(parameter, {}).items():
+        if isinstance(value, Tensor) and value.shape == parameter.shape and value.numel() and value.dim() > 0:
+            signed = name in _MOMENTA or bool((value < 0).any())
+            value.fill_(0.0 if signed else value.mean())
 
 
 def resize_(parameter: nn.Parameter, shape: tuple[int, ...]) -> None:

@@ -10,12 +10,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rankfall import _contract, _decompose
+from rankfall import _contract, _decompose, _gauge
 from rankfall._divergence import governed_moments, kl_of_factors, per_slice, second_moments
 from rankfall._formats import Format
 from rankfall._posteriors import MeanField, Posterior, draw
 from rankfall._priors import HalfCauchy, Prior
-from rankfall._resize import keep_, resize_
+from rankfall._resize import forget_, keep_, resize_
 
 _TRUNCATION = 2.0  # Factors start from a normal cut off at this many standard deviations.
 
@@ -198,6 +198,22 @@ class LowRankTensor(nn.Module):
         for factor, dim in self.layout.places(bond):
             for parameters in (self.factors, self.log_stds) if len(self.log_stds) else (self.factors,):
                 keep_(parameters[factor], dim, index, optimizer)
+
+    @torch.no_grad()
+    def canonicalize_(self, optimizer: Optimizer | None = None) -> None:
+        """Brings the factors into canonical form; see `rf.canonicalize_`."""
+        gauge = _gauge.canonical(self.layout, self.format, self.prior, list(self.factors), list(self.log_stds))
+        if gauge is None:
+            return
+        for parameters, values in (
+            (self.factors, gauge.means),
+            (self.log_stds, [v.log() / 2 for v in gauge.variances]),
+        ):
+            for parameter, value in zip(parameters, values, strict=True):
+                parameter.copy_(value)
+                parameter.grad = None
+                if optimizer is not None:
+                    forget_(parameter, optimizer)
 
     def fits(self, shapes: Sequence[Sequence[int]]) -> bool:
         """Whether factors of these shapes are this tensor at some ranks: all factors, their modes, bonds that agree."""

@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Canonical forms: the tensor stays, its slices become orthogonal, sorted, and as cheap as the prior lets them be.
+
+Any invertible X may stand on a bond with X^-1 beside it. The likelihood does not see it, the KL does, so the best
+point of that orbit is found here in closed form for the rotation (singular value decompositions of the tensor's own
+unfoldings) and, where the KL is bounded below, by a small smooth minimisation for the scale of each slice. All in
+float64.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rankfall._divergence import kl_of_factors
+from rankfall._formats import CP, TR, Format, Layout, Tucker
+from rankfall._priors import Prior
+
+# Singular values under this fraction of the largest are rounding errors of float64: the slice carries nothing.
+_DEAD = 1e-14
+# Under this fraction of the largest a singular value no longer stretches variances further.
+_STRETCH = 1e-6
+_RING_SWEEPS, _RING_SETTLED = 50, 1e-8
+_SCALE_STEPS, _SCALE_BOUND = 60, 12.0
+
+
+@dataclass
+class Gauge:
+    """Factors in float64 with the variances of their entries, or no variances; a working copy that is changed."""
+
+    layout: Layout
+    means: list[Tensor]
+    variances: list[Tensor]
+
+
+def canonical(
+    layout: Layout, format: Format, prior: Prior, means: Sequence[Tensor], log_stds: Sequence[Tensor]
+) -> Gauge | None:
+    """The canonical form of a set of factors: the same tensor at the means, the lowest KL that was found.
+
+    Tensor train and TT-matrix: right-to-left QR, left-to-right SVD (Oseledets 2011, algorithm 2). Tucker: HOSVD. Ring:
+    the two-factor step bond by bond until the slice energies settle. CP: scales only. Means are exact. Variances go
+    through the squares of the same maps, which drops the correlations that the rotation makes; where that costs more
+    than the rotation saves, only the scales change.
+
+    Args:
+        layout: The layout of the factors.
+        format: The format they are in.
+        prior: The hyperprior whose KL the scales minimise.
+        means: The factors.
+        log_stds: Log posterior standard deviations, or nothing.
+
+    Returns:
+        Factors of the same shapes, in float64; None if none with a lower KL were found.
+    """
+    start = Gauge(layout, [m.double() for m in means], [(2 * s.double()).exp() for s in log_stds])
+    before = _kl(start, prior)
+    found = []
+    if not isinstance(format, CP):
+        rotated = Gauge(layout, list(start.means), list(start.variances))
+        _rotate(rotated, format)
+        found.append(rotated)
+    # Without variances the KL falls for ever as a slice is moved from the factor that its bond governs to the next
+    # one, but for CP, whose bond governs all: there the roots of the singular values are the split.
+    if start.variances or isinstance(format, CP):
+        found = [_balanced(gauge, prior) for gauge in (*found, start)]
+    best = min(found, key=lambda gauge: _kl(gauge, prior))
+    return best if _kl(best, prior) < before else None
+
+
+def _rotate(gauge: Gauge, format: Format) -> None:
+    if isinstance(format, Tucker):
+        _rotate_tucker(gauge)
+    elif isinstance(format, TR):
+        _rotate_ring(gauge)
+    else:
+        _rotate_chain(gauge)
+
+
+def _kl(gauge: Gauge, prior: Prior) -> float:
+    value = float(kl_of_factors(gauge.layout, prior, gauge.means, [0.5 * v.log() for v in gauge.variances]))
+    return value if math.isfinite(value) else math.inf
+
+
+def _columns(factor: Tensor, dim: int) -> Tensor:
+    """The factor as a matrix with one dimension as columns."""
+    return factor.movedim(dim, -1).reshape(-1, factor.shape[dim])
+
+
+def _map(factor: Tensor, dim: int, matrix: Tensor) -> Tensor:
+    """Replaces index a of one dimension by q: sum over a of factor[.., a, ..] matrix[a, q]."""
+    return (factor.movedim(dim, -1) @ matrix).movedim(-1, dim)
+
+
+def _triangle(factor: Tensor, dim: int) -> Tensor:
+    return torch.linalg.qr(_columns(factor, dim), mode="r").R
+
+
+def _widened(matrix: Tensor, columns: int) -> Tensor:
+    """Columns of zeros for slices of a rank beyond the unfolding's: they are there in vain."""
+    return F.pad(matrix, (0, columns - matrix.shape[1]))
+
+
+@dataclass
+class _Bond:
+    """The gauge of one bond between a left and a right block with triangles ra and rb: W = Q_a ra rb^T Q_b^T.
+
+    With ra rb^T = u s v^T, X = rb^T v s^-1/2 stands on the left block and X^-1 = s^-1/2 u^T ra on the right one;
+    neither inverts a triangle.
+    """
+
+    u: Tensor
+    root: Tensor
+    v: Tensor
+    x: Tensor
+    x_inverse: Tensor
+    dead: Tensor
+
+    @classmethod
+    def between(cls, ra: Tensor, rb: Tensor) -> "_Bond":
+        rank = ra.shape[1]
+        u, s, vh = torch.linalg.svd(ra @ rb.T, full_matrices=False)
+        u, v, s = _widened(u, rank), _widened(vh.T, rank), F.pad(s, (0, rank - len(s)))
+        largest = float(s.max()) or 1.0
+        bounded = s.clamp_min(_STRETCH * largest).rsqrt()
+        return cls(u, s.sqrt(), v, rb.T @ v * bounded, ra.T @ u * bounded, s <= _DEAD * largest)
+
+
+def _carry(gauge: Gauge, factor: int, dim: int, matrix: Tensor, dead: Tensor) -> None:
+    """Variances through the squares of a linear map; dead slices, which it leaves undefined, get the smallest."""
+    if not gauge.variances:
+        return
+    moved = _map(gauge.variances[factor], dim, matrix.square())
+    alive = [moved.select(dim, k) for k in range(len(dead)) if not dead[k]]
+    floor = min((float(part.min()) for part in alive), default=1.0)
+    shape = [-1 if d == dim else 1 for d in range(moved.dim())]
+    gauge.variances[factor] = torch.where(dead.reshape(shape), floor, moved)
+
+
+def _rotate_chain(gauge: Gauge) -> None:
+    """Right-to-left QR, left-to-right SVD, then the root of each singular value to either side of its bond."""
+    means, last = gauge.means, len(gauge.means) - 1
+    bonds = _chain_bonds(means)
+    for k, bond in enumerate(bonds):
+        _carry(gauge, k, means[k].dim() - 1, bond.x, bond.dead)
+        _carry(gauge, k + 1, 0, bond.x_inverse, bond.dead)
+    shapes = [tuple(m.shape) for m in means]
+    for k in range(last, 0, -1):
+        q, r = torch.linalg.qr(_columns(means[k], 0))
+        means[k] = _widened(q, means[k].shape[0]).T.reshape(shapes[k])
+        means[k - 1] = means[k - 1] @ _widened(r.T, means[k].shape[0])
+    roots = []
+    for k in range(last):
+        u, s, vh = torch.linalg.svd(means[k].reshape(-1, shapes[k][-1]), full_matrices=False)
+        rank = shapes[k][-1]
+        means[k] = _widened(u, rank).reshape(shapes[k])
+        means[k + 1] = torch.tensordot(_widened((s[:, None] * vh).T, rank).T, means[k + 1], dims=1)
+        roots.append(F.pad(s, (0, rank - len(s))).sqrt())
+    for k, root in enumerate(roots):
+        means[k] = means[k] * root
+        means[k + 1] = (means[k + 1].movedim(0, -1) * _inverse(root)).movedim(-1, 0)
+
+
+def _chain_bonds(means: Sequence[Tensor]) -> list[_Bond]:
+    """The gauge of every bond of a chain, from the triangles of all that lies left of it and right of it."""
+    lefts, rights = [_triangle(means[0], means[0].dim() - 1)], [_triangle(means[-1], 0)]
+    for factor in means[1:-1]:
+        lefts.append(_triangle(torch.tensordot(lefts[-1], factor, dims=1), factor.dim() - 1))
+    for factor in reversed(means[1:-1]):
+        rights.append(_triangle(factor @ rights[-1].T, 0))
+    return [_Bond.between(ra, rb) for ra, rb in zip(lefts, reversed(rights), strict=True)]
+
+
+def _rotate_tucker(gauge: Gauge) -> None:
+    """HOSVD: sides orthogonal, core all-orthogonal, the root of each singular value to either side of its bond."""
+    core, sides = gauge.means[0], gauge.means[1:]
+    split = [torch.linalg.qr(side) for side in sides]
+    triangles = [r for _, r in split]
+    whole = _absorbed(core, triangles)
+    rotations, roots = [], []
+    for k, (q, r) in enumerate(split):
+        rank = core.shape[k]
+        w, s, _ = torch.linalg.svd(whole.movedim(k, 0).reshape(r.shape[0], -1), full_matrices=False)
+        rotations.append(_widened(w, rank))
+        roots.append(F.pad(s, (0, rank - len(s))).sqrt())
+        gauge.means[k + 1] = _widened(q @ w, rank) * roots[k]
+        if gauge.variances:
+            rest = _absorbed(core, [t if j != k else None for j, t in enumerate(triangles)])
+            bond = _Bond.between(r, _triangle(rest, k))
+            _carry(gauge, k + 1, 1, bond.x, bond.dead)
+            _carry(gauge, 0, k, bond.x_inverse, bond.dead)
+    # Scales last: an unfolding whose other modes are scaled has other singular vectors.
+    for k, (rotation, root) in enumerate(zip(rotations, roots, strict=True)):
+        whole = _map(whole, k, rotation * _inverse(root))
+    gauge.means[0] = whole
+
+
+def _absorbed(core: Tensor, triangles: Sequence[Tensor | None]) -> Tensor:
+    for k, triangle in enumerate(triangles):
+        if triangle is not None:
+            core = _map(core, k, triangle.T)
+    return core
+
+
+def _inverse(root: Tensor) -> Tensor:
+    """1 / root, and 0 for dead slices."""
+    return torch.where(root > math.sqrt(_DEAD) * root.max(), 1 / root, 0.0)
+
+
+def _rotate_ring(gauge: Gauge) -> None:
+    """The two-factor SVD step, bond by bond, until the singular values settle; a ring has no global canonical form."""
+    count, before = len(gauge.means), None
+    for _ in range(_RING_SWEEPS):
+        values = []
+        for k in range(count):
+            values.append(_two_factor_step(gauge, k, (k + 1) % count))
+        now = torch.cat(values)
+        if before is not None and float((now - before).norm()) <= _RING_SETTLED * float(now.norm()):
+            return
+        before = now
+
+
+def _two_factor_step(gauge: Gauge, a: int, b: int) -> Tensor:
+    left, right = gauge.means[a], gauge.means[b]
+    i, rank = left.dim() - 1, left.shape[-1]
+    (qa, ra), (qb, rb) = torch.linalg.qr(_columns(left, i)), torch.linalg.qr(_columns(right, 0))
+    bond = _Bond.between(ra, rb)
+    _carry(gauge, a, i, bond.x, bond.dead)
+    _carry(gauge, b, 0, bond.x_inverse, bond.dead)
+    gauge.means[a] = ((qa @ bond.u) * bond.root).reshape(left.shape)
+    gauge.means[b] = ((qb @ bond.v) * bond.root).reshape(*right.shape[1:], rank).movedim(-1, 0)
+    return bond.root.square()
+
+
+def _balanced(gauge: Gauge, prior: Prior) -> Gauge:
+    """The scales of all slices on all factors that bear them, those with the lowest KL; their products stay 1."""
+    layout = gauge.layout
+    free = {
+        bond: torch.zeros(len(places) - 1, gauge.means[places[0][0]].shape[places[0][1]], dtype=torch.float64)
+        for bond in layout.bonds
+        if (places := layout.places(bond))
+    }
+    variables = [v.requires_grad_() for v in free.values() if v.numel()]
+    if not variables:
+        return gauge
+    search = torch.optim.LBFGS(variables, max_iter=_SCALE_STEPS, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        search.zero_grad()
+        scaled = _scaled(gauge, free)
+        value = kl_of_factors(layout, prior, scaled.means, [0.5 * v.log() for v in scaled.variances])
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        search.step(loss)
+    found = _scaled(gauge, {bond: v.detach() for bond, v in free.items()})
+    return found if _kl(found, prior) < _kl(gauge, prior) else gauge
+
+
+def _scaled(gauge: Gauge, free: dict[str, Tensor]) -> Gauge:
+    means, variances = list(gauge.means), list(gauge.variances)
+    for bond, logs in free.items():
+        # Bounded, since a slice that carries nothing may be scaled for ever.
+        bounded = _SCALE_BOUND * torch.tanh(logs / _SCALE_BOUND)
+        exponents = torch.cat([bounded, -bounded.sum(0, keepdim=True)])
+        for (k, dim), exponent in zip(gauge.layout.places(bond), exponents, strict=True):
+            shape = [-1 if d == dim else 1 for d in range(means[k].dim())]
+            means[k] = means[k] * exponent.exp().reshape(shape)
+            if variances:
+                variances[k] = variances[k] * (2 * exponent).exp().reshape(shape)
+    return Gauge(gauge.layout, means, variances)
