@@ -100,7 +100,7 @@ def test_a_killed_run_resumes_to_the_same_model():
     assert [whole[key] for key in ("ranks", "test_nll", "epochs")] == [
         cut[key] for key in ("ranks", "test_nll", "epochs")
     ]
-    assert min(rank for bonds in cut["ranks"].values() for rank in bonds.values()) < 20, "no cut: a weaker test"
+    assert min(rank for bonds in cut["ranks"].values() for rank in bonds.values()) < 8, "no cut: a weaker test"
 
 
 def test_resuming_a_finished_run_reads_it(monkeypatch, capsys):

@@ -42,6 +42,8 @@ class Recipe:
         lr: Adam's step size for a tensorized model.
         dense_lr: Adam's step size for its dense twin.
         kl_warmup: Epochs until the KL has its full weight; cuts begin then.
+        max_rank: Rank of every bond at the start. The KL of all entries is shared out over the data, so few data and
+            high ranks make it drown the likelihood before anything is learned.
         paired_modes: For a TT-matrix, the (out_modes, in_modes) of a layer by its path; others are chosen.
     """
 
@@ -53,4 +55,5 @@ class Recipe:
     lr: float
     dense_lr: float
     kl_warmup: int
+    max_rank: int
     paired_modes: dict[str, tuple[Modes, Modes]]

@@ -65,11 +65,12 @@ def build_model(recipe: Recipe, options: TrainOptions) -> nn.Module:
     if options.is_dense:
         return model
     prior, posterior = options.make_prior(), options.make_posterior()
+    rank = recipe.max_rank if options.max_rank is None else options.max_rank
     special = recipe.paired_modes if options.format == "ttm" else {}
     for path, modes in special.items():
-        held = make_format(options.format, options.max_rank, modes)
+        held = make_format(options.format, rank, modes)
         tensorize_(model, held, prior=prior, posterior=posterior, filter_fn=lambda _, p, path=path: p == path)
-    return tensorize_(model, make_format(options.format, options.max_rank), prior=prior, posterior=posterior)
+    return tensorize_(model, make_format(options.format, rank), prior=prior, posterior=posterior)
 
 
 def _fit(

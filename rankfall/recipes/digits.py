@@ -26,5 +26,14 @@ def _model() -> nn.Module:
 
 
 RECIPE = Recipe(
-    "digits", _load, _model, epochs=150, batch_size=32, lr=1e-2, dense_lr=1e-3, kl_warmup=40, paired_modes={}
+    "digits",
+    _load,
+    _model,
+    epochs=150,
+    batch_size=32,
+    lr=1e-2,
+    dense_lr=1e-3,
+    kl_warmup=40,
+    max_rank=8,
+    paired_modes={},
 )

@@ -115,6 +115,7 @@ RECIPE = Recipe(
     lr=1e-2,
     dense_lr=1e-3,
     kl_warmup=3,
+    max_rank=20,
     # Seven rows, a row, seven columns, a column: the modes follow the picture.
     paired_modes={"0": ((4, 4, 8, 4), (4, 7, 4, 7))},
 )
