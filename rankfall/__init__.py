@@ -8,6 +8,8 @@ from rankfall._checkpoint import load as load
 from rankfall._checkpoint import save as save
 from rankfall._elbo import ELBOLoss as ELBOLoss
 from rankfall._elbo import kl as kl
+from rankfall._evidence import RankChange as RankChange
+from rankfall._evidence import select_ranks_ as select_ranks_
 from rankfall._export import export as export
 from rankfall._fit import fit as fit
 from rankfall._formats import CP as CP

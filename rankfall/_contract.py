@@ -58,3 +58,13 @@ def squared_norm(layout: Layout, factors: Sequence[Tensor]) -> Float[Tensor, ""]
     bonds = set(layout.bonds)
     mirrored = tuple(tuple(f"{name}'" if name in bonds else name for name in axes) for axes in layout.factors)
     return contract((*layout.factors, *mirrored), (), (*factors, *factors))
+
+
+def slice_norms(layout: Layout, factors: Sequence[Tensor], bond: str) -> Float[Tensor, " rank"]:
+    """The Frobenius norm of what each slice of a bond adds to the (padded) tensor, from the factors alone.
+
+    In the canonical form of a tensor train these are the singular values of its unfolding at that bond.
+    """
+    others = set(layout.bonds) - {bond}
+    mirrored = tuple(tuple(f"{name}'" if name in others else name for name in axes) for axes in layout.factors)
+    return contract((*layout.factors, *mirrored), (bond,), (*factors, *factors)).clamp_min(0).sqrt()

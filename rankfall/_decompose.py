@@ -3,6 +3,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -140,7 +141,7 @@ def _open_ring(target: Tensor, r0: int, ranks: list[int]) -> list[Tensor]:
 def _best_als(layout: Layout, names: Axes, target: Tensor, starts: Sequence[list[Tensor]]) -> list[Tensor]:
     best, best_error = starts[0], math.inf
     for start in starts:
-        factors = _als(layout, names, target, start)
+        factors = _als(layout, _Goal([names], [target], float(target.square().sum())), start)
         error = _error(layout, names, target, factors)
         if error < best_error:
             best, best_error = factors, error
@@ -153,22 +154,47 @@ def _error(layout: Layout, names: Axes, target: Tensor, factors: Sequence[Tensor
     return float((contract(layout.factors, names, factors) - target).norm())
 
 
-def _als(layout: Layout, names: Axes, target: Tensor, start: Sequence[Tensor]) -> list[Tensor]:
+@torch.no_grad()
+def refit(layout: Layout, target: Sequence[Tensor], start: Sequence[Tensor]) -> list[Tensor]:
+    """The nearest factors of smaller rank to given factors, by alternating least squares on Gram matrices.
+
+    Neither tensor is ever formed; for CP a sweep costs O(rank^2 * sum of modes).
+
+    Args:
+        layout: The layout of both sets of factors.
+        target: Factors of the tensor to come near, float64.
+        start: Factors of the ranks wanted, float64.
+    """
+    bonds = set(layout.bonds)
+    renamed = [tuple(f"{name}*" if name in bonds else name for name in axes) for axes in layout.factors]
+    goal = _Goal(renamed, list(target), float(squared_norm(layout, target)))
+    return _balance(_als(layout, goal, start))
+
+
+@dataclass(frozen=True)
+class _Goal:
+    """The tensor that least squares come near: a network whose only names in common with the factors are modes."""
+
+    axes: list[Axes]
+    tensors: list[Tensor]
+    square: float
+
+
+def _als(layout: Layout, goal: _Goal, start: Sequence[Tensor]) -> list[Tensor]:
     """Alternating least squares for any network of factors: each in turn solves its normal equations."""
     factors, before = list(start), math.inf
     for _ in range(_ALS_SWEEPS):
         for k in range(len(factors)):
-            factors[k] = _solve_factor(layout, names, target, factors, k)
-        residual = float(target.square().sum() - squared_norm(layout, factors))
+            factors[k] = _solve_factor(layout, goal, factors, k)
         # At a least-squares point the residual is |W|^2 - |fit|^2, so progress costs no formed tensor.
-        residual = max(residual, 0.0)
-        if before - residual <= _ALS_PROGRESS * max(residual, 1e-20 * float(target.square().sum())):
+        residual = max(goal.square - float(squared_norm(layout, factors)), 0.0)
+        if before - residual <= _ALS_PROGRESS * max(residual, 1e-20 * goal.square):
             break
         before = residual
     return factors
 
 
-def _solve_factor(layout: Layout, names: Axes, target: Tensor, factors: Sequence[Tensor], k: int) -> Tensor:
+def _solve_factor(layout: Layout, goal: _Goal, factors: Sequence[Tensor], k: int) -> Tensor:
     axes = layout.factors[k]
     bonds = tuple(name for name in axes if name in layout.bonds)
     modes = tuple(name for name in axes if name not in layout.bonds)
@@ -179,7 +205,7 @@ def _solve_factor(layout: Layout, names: Axes, target: Tensor, factors: Sequence
     mirrored = [tuple(f"{n}'" if n in known else n for n in axes_) for axes_ in inputs]
     mirror = tuple(f"{n}'" for n in bonds)
     gram = contract([*inputs, *mirrored], (*bonds, *mirror), [*tensors, *tensors])
-    right = contract([names, *inputs], (*bonds, *modes), [target, *tensors])
+    right = contract([*goal.axes, *inputs], (*bonds, *modes), [*goal.tensors, *tensors])
     width = math.prod(gram.shape[: len(bonds)])
     solved = _least_squares(gram.reshape(width, width), right.reshape(width, -1)).reshape(right.shape)
     order = (*bonds, *modes)

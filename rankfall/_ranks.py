@@ -3,11 +3,10 @@
 
 from typing import TypeVar
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from rankfall._tensor import LowRankTensor, layer_path, low_rank_tensors
+from rankfall._tensor import finite_tensors, layer_path, low_rank_tensors
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -67,7 +66,7 @@ def prune_(model: M, optimizer: Optimizer | None = None, *, threshold: float) ->
     Source: Hawkins, Liu, Zhang, arXiv 2010.08689, section 3.4; there slices are masked, here they are gone.
     """
     check_threshold(threshold)
-    tensors = _finite_tensors(model, "prune")
+    tensors = finite_tensors(model, "prune")
     scales = {path: tensor.prior_scales(means_only=True) for path, tensor in tensors}
     for path, tensor in tensors:
         # All scales are read before the first cut, since a bond's scale depends on its neighbour's rank.
@@ -112,18 +111,6 @@ def canonicalize_(model: M, optimizer: Optimizer | None = None) -> M:
 
     Source: Oseledets, SIAM J. Sci. Comput. 2011 (TT rounding without the truncation); De Lathauwer et al. 2000 (HOSVD).
     """
-    for _, tensor in _finite_tensors(model, "canonicalize"):
+    for _, tensor in finite_tensors(model, "canonicalize"):
         tensor.canonicalize_(optimizer)
     return model
-
-
-def _finite_tensors(model: nn.Module, verb: str) -> list[tuple[str, LowRankTensor]]:
-    tensors = list(low_rank_tensors(model))
-    if not tensors:
-        raise ValueError(
-            f"{type(model).__name__} has no low-rank tensor to {verb}. Call rf.tensorize_(model, rf.TTM(20)) first."
-        )
-    for path, tensor in tensors:
-        if not all(bool(torch.isfinite(p).all()) for p in tensor.parameters()):
-            raise ValueError(f"{layer_path(path)!r} has factors that are NaN or infinite. Go back to a checkpoint.")
-    return tensors

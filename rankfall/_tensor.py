@@ -202,6 +202,8 @@ class LowRankTensor(nn.Module):
     @torch.no_grad()
     def canonicalize_(self, optimizer: Optimizer | None = None) -> None:
         """Brings the factors into canonical form; see `rf.canonicalize_`."""
+        if 0 in self.ranks.values():
+            return  # A tensor of zeros has no better factors.
         gauge = _gauge.canonical(self.layout, self.format, self.prior, list(self.factors), list(self.log_stds))
         if gauge is None:
             return
@@ -214,6 +216,26 @@ class LowRankTensor(nn.Module):
                 parameter.grad = None
                 if optimizer is not None:
                     forget_(parameter, optimizer)
+
+    @torch.no_grad()
+    def strengths(self, bond: str) -> Float[Tensor, " rank"]:
+        """The Frobenius norm of what each slice of a bond adds to dense() (padding included)."""
+        return _contract.slice_norms(self.layout, [f.double() for f in self.factors], bond)
+
+    @torch.no_grad()
+    def refit_(self, bond: str, index: Tensor, optimizer: Optimizer | None = None) -> None:
+        """Keeps the given slices of a bond as `keep_slices_` does, then moves the means as near to dense() as they get.
+
+        Least squares on Gram matrices; dense() is never formed. Standard deviations stay those of the slices kept.
+        """
+        before = [f.double() for f in self.factors]
+        self.keep_slices_(bond, index, optimizer)
+        for factor, value in zip(
+            self.factors, _decompose.refit(self.layout, before, [f.double() for f in self.factors]), strict=True
+        ):
+            factor.copy_(value)
+            if optimizer is not None:
+                forget_(factor, optimizer)
 
     def fits(self, shapes: Sequence[Sequence[int]]) -> bool:
         """Whether factors of these shapes are this tensor at some ranks: all factors, their modes, bonds that agree."""
@@ -267,6 +289,23 @@ def layer_path(path: str) -> str:
     """The path of the layer that a low-rank tensor at `path` is the weight of."""
     parent, _, name = path.rpartition(".")
     return parent if name == "weight" else path
+
+
+def finite_tensors(model: nn.Module, verb: str) -> list[tuple[str, LowRankTensor]]:
+    """Every low-rank tensor of a model with its path, for something that only finite factors can bear.
+
+    Raises:
+        ValueError: If there is none, or a factor is NaN or infinite.
+    """
+    tensors = list(low_rank_tensors(model))
+    if not tensors:
+        raise ValueError(
+            f"{type(model).__name__} has no low-rank tensor to {verb}. Call rf.tensorize_(model, rf.TTM(20)) first."
+        )
+    for path, tensor in tensors:
+        if not all(bool(torch.isfinite(p).all()) for p in tensor.parameters()):
+            raise ValueError(f"{layer_path(path)!r} has factors that are NaN or infinite. Go back to a checkpoint.")
+    return tensors
 
 
 def _check_kinds(format: object, prior: object, posterior: object) -> None:

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The evidence test: slices go when the bound on the evidence rises without them, beyond sampling error."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rankfall._elbo import check_weights
+from rankfall._formats import CP
+from rankfall._tensor import LowRankTensor, finite_tensors, layer_path
+
+PerExampleNLL = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class RankChange:
+    """One bond that the evidence test made smaller.
+
+    Attributes:
+        name: Path of the layer.
+        bond: Name of the bond.
+        before: Rank before.
+        after: Rank after; 0 if the weight carries nothing that pays for itself.
+        nll_cost: What the data loses by it, over all of `num_data`, in nats: the upper bound that was tested.
+        saved: What the prior side gains by it, in nats, times beta.
+    """
+
+    name: str
+    bond: str
+    before: int
+    after: int
+    nll_cost: float
+    saved: float
+
+
+@dataclass(frozen=True)
+class _Test:
+    """The criterion N (mean(d) + z std(d) / sqrt(n)) < beta * saved, d paired per example."""
+
+    nll: PerExampleNLL
+    num_data: int
+    beta: float
+    z: float
+
+    def per_example(self) -> Tensor:
+        values = self.nll()
+        if not isinstance(values, Tensor) or values.dim() != 1 or len(values) < 2:
+            came = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(
+                f"nll must return the negative log likelihood of each example of one fixed batch, shape (n,) with n of "
+                f"2 or more, got {came}. Pass reduction='none' to torch's losses."
+            )
+        if not bool(torch.isfinite(values).all()):
+            raise ValueError(
+                "nll returned NaN or infinity before any cut. Go back to a checkpoint, or check the batch."
+            )
+        return values.double()
+
+    def cost(self, base: Tensor) -> float:
+        d = self.nll().double() - base
+        bound = self.num_data * float(d.mean() + self.z * d.std() / math.sqrt(len(d)))
+        return bound if math.isfinite(bound) else math.inf
+
+
+def select_ranks_(
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    *,
+    nll: PerExampleNLL,
+    num_data: int,
+    beta: float = 1.0,
+    z: float = 2.0,
+    max_cut: float = 0.5,
+) -> list[RankChange]:
+    """Removes the slices without which the evidence lower bound is higher, in place: no threshold, no rank to pick.
+
+    Each low-rank tensor is brought into canonical form (`rf.canonicalize_`), then its bonds are tried in turn. The
+    weakest slices S of a bond go if
+
+        num_data * ( mean(d) + z * std(d) / sqrt(n) )  <  beta * saved(S),   d_i = nll_i(without S) - nll_i(with S)
+
+    where saved(S) is the fall of the KL with rf.MeanField, and 1/2 log(num_data) per removed parameter (Laplace) with
+    rf.Point. The number of slices is found by bisection, in about log2 of the rank evaluations of `nll`. For CP, whose
+    slices may cancel, the candidate is the best CP tensor of the smaller rank (least squares on Gram matrices; the
+    weight is never formed). A tensor that loses nothing stays as it was, bit for bit.
+
+    Call it between steps, once the training loss has settled: a model that has not learned yet is cut too far.
+
+    Example:
+        >>> x = torch.randn(400, 12)
+        >>> y = x @ torch.randn(12, 1) @ torch.randn(1, 20)  # a weight of rank 1
+        >>> y += 0.1 * torch.randn_like(y)
+        >>> layer = rf.nn.Linear(12, 20, bias=False, format=rf.TT(2, in_modes=(12,), out_modes=(20,)))
+        >>> optimizer = torch.optim.Adam(layer.parameters(), lr=2e-2)
+        >>> def nll():
+        ...     return ((layer(x) - y) / 0.1).square().sum(1) / 2
+        >>> for _ in range(400):
+        ...     optimizer.zero_grad()
+        ...     (nll().mean() + rf.kl(layer) / 400).backward()
+        ...     optimizer.step()
+        >>> [(c.bond, c.before, c.after) for c in rf.select_ranks_(layer, optimizer, nll=nll, num_data=400)]
+        [('r1', 2, 1)]
+
+    Args:
+        model: Any module; only low-rank tensors inside it change.
+        optimizer: The optimizer that owns the factors, if there is one.
+        nll: Called without arguments, in eval mode and without gradients; returns the negative log likelihood of each
+            example of one fixed batch in nats, shape (n,). A few thousand examples are enough.
+        num_data: Size of the training set.
+        beta: Weight of the KL, as in training.
+        z: How many standard errors the loss of likelihood is taken to be worse than measured. Raise it to cut less.
+        max_cut: The largest part of a bond that one call may remove, above 0 and up to 1.
+
+    Returns:
+        What was cut and why, in nats; empty if nothing was.
+
+    Raises:
+        ValueError: If an argument is out of range, `nll` returns something else, or a factor is not finite. Nothing
+            has changed then.
+    """
+    check_weights(num_data, beta)
+    if not z >= 0 or not 0 < max_cut <= 1:
+        raise ValueError(f"z must be 0 or more and max_cut above 0 and up to 1, got z={z} and max_cut={max_cut}.")
+    tensors = finite_tensors(model, "select ranks of")
+    test = _Test(nll, num_data, beta, z)
+    changes: list[RankChange] = []
+    with torch.no_grad(), _evaluating(model):
+        base = test.per_example()
+        for path, tensor in tensors:
+            found = _select(tensor, layer_path(path), test, base, max_cut)
+            if found:
+                _apply(tensor, found, optimizer)
+                base = test.per_example()
+            changes += found
+    return changes
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def _trying(tensor: LowRankTensor) -> Iterator[None]:
+    """Whatever happens to data and gradients inside is undone, bit for bit."""
+    parameters = list(tensor.parameters())
+    before = [(p.data, p.grad) for p in parameters]
+    for p in parameters:
+        p.data = p.data.clone()
+    try:
+        yield
+    finally:
+        for p, (data, grad) in zip(parameters, before, strict=True):
+            p.grad = None
+            p.data = data
+            p.grad = grad
+
+
+def _select(tensor: LowRankTensor, name: str, test: _Test, base: Tensor, max_cut: float) -> list[RankChange]:
+    found = []
+    with _trying(tensor):
+        tensor.canonicalize_()
+        for bond, rank in tensor.ranks.items():
+            after, cost, saved = _smallest_rank(tensor, bond, test, base, rank - math.floor(rank * max_cut))
+            if after < rank:
+                found.append(RankChange(name, bond, rank, after, cost, saved))
+                _reduce(tensor, bond, after, None)
+                base = test.per_example()
+    return found
+
+
+def _smallest_rank(tensor: LowRankTensor, bond: str, test: _Test, base: Tensor, least: int) -> tuple[int, float, float]:
+    """The smallest rank that passes the test, by bisection between `least` and the present rank."""
+    worth, best = _worth(tensor, test), (tensor.ranks[bond], 0.0, 0.0)
+    low, high = least, tensor.ranks[bond] - 1
+    # Most bonds lose nothing: one slice is tried first, and a whole half after it.
+    middle = high
+    while low <= high:
+        with _trying(tensor):
+            _reduce(tensor, bond, middle, None)
+            saved = test.beta * (worth - _worth(tensor, test))
+            cost = test.cost(base)
+        if cost < saved:
+            best, high = (middle, cost, saved), middle - 1
+        else:
+            low = middle + 1
+        middle = (low + high) // 2
+    return best
+
+
+def _worth(tensor: LowRankTensor, test: _Test) -> float:
+    """What the prior side charges for a tensor, in nats."""
+    if len(tensor.log_stds):
+        return float(tensor.kl())
+    return 0.5 * math.log(test.num_data) * sum(f.numel() for f in tensor.factors)
+
+
+def _reduce(tensor: LowRankTensor, bond: str, rank: int, optimizer: Optimizer | None) -> None:
+    """The tensor with a bond of a smaller rank: its strongest slices, for CP refitted to the whole."""
+    strongest = tensor.strengths(bond).argsort(descending=True, stable=True)[:rank].sort().values
+    if isinstance(tensor.format, CP) and rank:
+        tensor.refit_(bond, strongest, optimizer)
+    else:
+        tensor.keep_slices_(bond, strongest, optimizer)
+
+
+def _apply(tensor: LowRankTensor, found: list[RankChange], optimizer: Optimizer | None) -> None:
+    tensor.canonicalize_(optimizer)
+    for change in found:
+        _reduce(tensor, change.bond, change.after, optimizer)

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The evidence test: what it cuts, what it leaves bit for bit, and what it refuses."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import rankfall as rf
+
+N, NOISE = 2000, 0.1
+
+
+class Teacher:
+    """y = relu(W x) + noise with W of a planted rank, and a student that starts above it."""
+
+    def __init__(self, kind, true, start, posterior, size=16):
+        torch.manual_seed(0)
+        planted = rf.LowRankTensor((size, size), kind(true), posterior=rf.Point(), initial_std=math.sqrt(2 / size))
+        self.x = torch.randn(N, size)
+        clean = torch.relu(self.x @ planted.dense().detach().T)
+        self.sigma = NOISE * float(clean.std())
+        self.y = clean + self.sigma * torch.randn_like(clean)
+        self.layer = rf.nn.Linear(size, size, bias=False, format=kind(start), posterior=posterior)
+        self.optimizer = torch.optim.Adam(self.layer.parameters(), lr=2e-2)
+        self.calls = 0
+
+    def each(self, rows):
+        error = (torch.relu(self.layer(self.x[rows])) - self.y[rows]) / self.sigma
+        return 0.5 * error.square().sum(1)
+
+    def nll(self):
+        self.calls += 1
+        return self.each(slice(1000))
+
+    def train(self, epochs):
+        self.layer.train()
+        for _ in range(epochs):
+            for rows in torch.randperm(N).split(100):
+                loss = self.each(rows).mean() + rf.kl(self.layer) / N
+                self.optimizer.zero_grad()
+                loss.backward()
+                self.optimizer.step()
+
+    def select(self, **options):
+        return rf.select_ranks_(self.layer, self.optimizer, nll=self.nll, num_data=N, **options)
+
+
+def fingerprint(model):
+    return [
+        (p, p.data_ptr(), p.detach().clone(), None if p.grad is None else p.grad.clone()) for p in model.parameters()
+    ]
+
+
+def assert_untouched(model, before):
+    for p, (old, place, data, grad) in zip(model.parameters(), before, strict=True):
+        assert p is old
+        assert p.data_ptr() == place
+        assert torch.equal(p, data)
+        assert (p.grad is None) if grad is None else torch.equal(p.grad, grad)
+
+
+@pytest.mark.parametrize(
+    ("kind", "true", "start"), [(rf.TTM, 2, 6), (rf.TT, 2, 6), (rf.CP, 3, 8), (rf.Tucker, 2, 4)], ids=str
+)
+def test_the_planted_ranks_are_found(kind, true, start, posterior):
+    # A start of 0.3 would be far too noisy a posterior here; the fixture's MeanField only says which kind.
+    teacher = Teacher(kind, true, start, posterior if isinstance(posterior, rf.Point) else rf.MeanField())
+    teacher.train(25)
+    changes = []
+    for lr in (1e-2, 5e-3, 2e-3, 2e-3):
+        changes += teacher.select()
+        # As the end of a schedule would: the noise of large steps holds slices up.
+        teacher.optimizer.param_groups[0]["lr"] = lr
+        teacher.train(5)
+    changes += teacher.select()
+    assert set(teacher.layer.weight.ranks.values()) == {true}
+    assert all(change.nll_cost < change.saved for change in changes)
+    assert all(change.after >= change.before / 2 for change in changes)
+    for p in teacher.layer.parameters():
+        assert teacher.optimizer.state[p]["exp_avg"].shape == p.shape
+
+
+def test_a_change_says_what_the_data_loses_and_the_prior_gains():
+    teacher = Teacher(rf.TTM, 2, 4, rf.Point())
+    teacher.train(20)
+    teacher.layer.eval()
+    with torch.no_grad():
+        before, entries = teacher.nll().double(), sum(p.numel() for p in teacher.layer.parameters())
+    (change,) = teacher.select()
+    with torch.no_grad():
+        d = teacher.nll().double() - before
+    assert (change.name, change.bond, change.before, change.after) == ("", "r1", 4, 2)
+    removed = entries - sum(p.numel() for p in teacher.layer.parameters())
+    assert change.saved == pytest.approx(0.5 * math.log(N) * removed)
+    # The gauge step before the cut is done in float32, hence the tolerance.
+    assert change.nll_cost == pytest.approx(N * float(d.mean() + 2 * d.std() / math.sqrt(len(d))), rel=0.02, abs=0.5)
+
+
+def test_saved_is_the_fall_of_the_kl_with_mean_field():
+    teacher = Teacher(rf.TTM, 2, 4, rf.MeanField())
+    teacher.train(20)
+    rf.canonicalize_(teacher.layer, teacher.optimizer)
+    before = float(rf.kl(teacher.layer).detach())
+    changes = teacher.select(beta=0.5)
+    # A second gauge step before the cut lowers the KL a little more.
+    assert changes
+    assert sum(c.saved for c in changes) == pytest.approx(
+        0.5 * (before - float(rf.kl(teacher.layer).detach())), rel=0.05
+    )
+
+
+def test_a_weight_that_carries_nothing_goes_to_rank_zero(kind):
+    torch.manual_seed(0)
+    layer = rf.nn.Linear(12, 8, format=kind(2), posterior=rf.Point())
+    x = torch.randn(500, 12)
+
+    def nll():
+        return 0.5 * (1e-3 * layer(x)).square().sum(1)
+
+    for _ in range(6):
+        rf.select_ranks_(layer, nll=nll, num_data=500, max_cut=1.0)
+    assert 0 in layer.weight.ranks.values()
+    assert bool((layer.weight.dense() == 0).all())
+    assert math.isfinite(float(rf.kl(layer).detach()))
+    torch.testing.assert_close(layer(x), layer.bias.expand(500, 8))
+    layer(x).sum().backward()
+
+
+def test_what_loses_nothing_stays_bit_for_bit(kind, posterior):
+    torch.manual_seed(0)
+    layer = rf.nn.Linear(12, 8, format=kind(2), posterior=posterior)
+    layer(torch.randn(4, 12)).sum().backward()
+    x = torch.randn(500, 12)
+    target = (x @ layer.weight.dense().detach().T) * 1e4
+    before = fingerprint(layer)
+    layer.train()
+
+    def nll():
+        assert not layer.training
+        assert not torch.is_grad_enabled()
+        return (1e4 * layer(x) - target).square().sum(1) + 1
+
+    assert rf.select_ranks_(layer, nll=nll, num_data=500) == []
+    assert_untouched(layer, before)
+    assert layer.training
+    assert layer.weight.training
+
+
+def test_few_evaluations_are_enough():
+    teacher = Teacher(rf.TTM, 2, 10, rf.Point())
+    teacher.train(15)
+    for _ in range(3):
+        teacher.calls = 0
+        rank = teacher.layer.weight.ranks["r1"]
+        teacher.select()
+        # The base, its renewal after a cut, and a bisection of half of the bond.
+        assert teacher.calls <= 3 + 2 * math.log2(rank)
+
+
+def test_at_most_the_given_part_of_a_bond_goes():
+    teacher = Teacher(rf.TTM, 1, 8, rf.Point())
+    teacher.train(15)
+    (change,) = teacher.select(max_cut=0.25)
+    assert (change.before, change.after) == (8, 6)
+
+
+def test_a_wider_margin_cuts_less():
+    found = []
+    for z in (0.0, 1e4):
+        teacher = Teacher(rf.TTM, 2, 6, rf.Point())
+        teacher.train(15)
+        teacher.select(z=z)
+        found.append(teacher.layer.weight.ranks["r1"])
+    assert found[0] < found[1] == 6
+
+
+def test_a_failing_nll_leaves_the_model_as_it_was():
+    teacher = Teacher(rf.TT, 2, 6, rf.MeanField())
+    teacher.train(2)
+    before = fingerprint(teacher.layer)
+
+    def nll():
+        values = teacher.nll()
+        if teacher.calls > 2:
+            raise RuntimeError("out of memory")
+        return values
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        rf.select_ranks_(teacher.layer, teacher.optimizer, nll=nll, num_data=N)
+    assert_untouched(teacher.layer, before)
+    assert teacher.layer.training
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"num_data": 0}, r"num_data must be positive, got 0"),
+        ({"beta": -1.0}, r"beta must be 0 or more, got -1.0"),
+        ({"z": -1.0}, r"z must be 0 or more and max_cut above 0 and up to 1, got z=-1.0"),
+        ({"max_cut": 0.0}, r"max_cut above 0 and up to 1, got z=2.0 and max_cut=0.0"),
+        ({"max_cut": 1.5}, r"max_cut=1.5"),
+        ({"nll": lambda: torch.tensor(1.0)}, r"of each example of one fixed batch.*got shape \(\).*reduction='none'"),
+        ({"nll": lambda: 1.0}, r"got float"),
+        ({"nll": lambda: torch.tensor([1.0])}, r"got shape \(1,\)"),
+        ({"nll": lambda: torch.tensor([1.0, math.nan])}, r"NaN or infinity before any cut. Go back to a checkpoint"),
+    ],
+)
+def test_refused(options, text):
+    layer = rf.nn.Linear(12, 8, format=rf.TT(2))
+    before = fingerprint(layer)
+    with pytest.raises(ValueError, match=text):
+        rf.select_ranks_(layer, **{"nll": lambda: torch.ones(3), "num_data": 10} | options)
+    assert_untouched(layer, before)
+
+
+def test_a_dense_model_has_no_ranks_to_select():
+    with pytest.raises(ValueError, match=r"Linear has no low-rank tensor to select ranks of. Call rf.tensorize_"):
+        rf.select_ranks_(nn.Linear(3, 3), nll=lambda: torch.ones(3), num_data=10)
