@@ -5,7 +5,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -82,24 +81,45 @@ def test_equal_seeds_give_equal_models():
     assert Path("a/model.safetensors").read_bytes() == Path("b/model.safetensors").read_bytes()
 
 
-def test_a_killed_run_resumes_to_the_same_model():
-    options = ["train", "digits", "--epochs", "12", "--limit", "600", "--threshold", "0.4"]
-    program = [sys.executable, "-c", "import torch; torch.set_num_threads(1); from rankfall.cli import main; main()"]
-    subprocess.run([*program, *options, "--out", "whole"], check=True, stdout=subprocess.DEVNULL)
-    running = subprocess.Popen([*program, *options, "--out", "cut"], stdout=subprocess.DEVNULL)
-    history = Path("cut/history.jsonl")
-    while not (history.exists() and len(history.read_text().splitlines()) >= 5):
-        assert running.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.01)
-    running.send_signal(signal.SIGKILL)
-    running.wait()
+PROGRAM = "import torch; torch.set_num_threads(1); from rankfall.cli import main; main()"
+KILLED = """
+import os, pathlib, signal
+replace, calls = pathlib.Path.replace, []
+
+def counted(self, target):
+    calls.append(target)
+    if len(calls) == {last} and {before}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(self, target)
+    if len(calls) == {last}:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+pathlib.Path.replace = counted
+"""
+RUN = ["train", "digits", "--epochs", "10", "--limit", "500", "--threshold", "0.5"]
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    subprocess.run([sys.executable, "-c", PROGRAM, *RUN, "--out", str(folder)], check=True, stdout=subprocess.DEVNULL)
+    return folder
+
+
+# The first file is config.json; then come checkpoint.pt and history.jsonl of each epoch.
+@pytest.mark.parametrize("last", [1, 2, 10, 11], ids=["config", "first checkpoint", "a checkpoint", "a history"])
+@pytest.mark.parametrize("before", [True, False], ids=["before its rename", "after its rename"])
+def test_a_killed_run_resumes_to_the_same_model(whole_run: Path, last, before):
+    killed = KILLED.format(last=last, before=before) + PROGRAM
+    stopped = subprocess.run([sys.executable, "-c", killed, *RUN, "--out", "cut"], check=False, capture_output=True)
+    assert stopped.returncode == -signal.SIGKILL
     assert not Path("cut/metrics.json").exists()
-    subprocess.run([*program, *options, "--out", "cut", "--resume"], check=True, stdout=subprocess.DEVNULL)
-    assert Path("cut/model.safetensors").read_bytes() == Path("whole/model.safetensors").read_bytes()
-    whole, cut = (json.loads(Path(f"{name}/metrics.json").read_text()) for name in ("whole", "cut"))
-    assert [whole[key] for key in ("ranks", "test_nll", "epochs")] == [
-        cut[key] for key in ("ranks", "test_nll", "epochs")
-    ]
+    resume = ["--resume"] if Path("cut/config.json").exists() else []
+    main([*RUN, "--out", "cut", *resume])
+    assert Path("cut/model.safetensors").read_bytes() == (whole_run / "model.safetensors").read_bytes()
+    whole, cut = (json.loads((folder / "metrics.json").read_text()) for folder in (whole_run, Path("cut")))
+    same = ("ranks", "test_nll", "epochs", "parameters")
+    assert [whole[key] for key in same] == [cut[key] for key in same]
     assert min(rank for bonds in cut["ranks"].values() for rank in bonds.values()) < 8, "no cut: a weaker test"
 
 
@@ -131,6 +151,7 @@ def test_interruption_says_how_to_go_on(monkeypatch, capsys):
 
 def test_taken_folder(capsys):
     Path("run").mkdir()
+    Path("run/notes.txt").write_text("mine")
     assert "run exists. Pass --resume to go on with it, or another --out." in refused(
         capsys, "train", "digits", "--out", "run"
     )

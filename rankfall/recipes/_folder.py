@@ -44,11 +44,11 @@ class RunFolder:
         """Refuses a folder that would be overwritten, or that cannot be resumed, before anything is written.
 
         Raises:
-            ValueError: If the folder exists and `--resume` was not given, or the other way round, or the options of
+            ValueError: If the folder holds something and `--resume` was not given, or the other way round, or the options of
                 the interrupted run were others.
         """
         if not self.options.resume:
-            if self.path.exists():
+            if self.path.exists() and not _is_vacant(self.path):
                 raise ValueError(f"{self.path} exists. Pass --resume to go on with it, or another --out.")
             return
         config = self.path / "config.json"
@@ -77,6 +77,11 @@ class RunFolder:
         """Writes history.jsonl, one line per epoch."""
         lines = "".join(json.dumps(record) + "\n" for record in history)
         write_atomic(self.path / "history.jsonl", lambda p: p.write_text(lines))
+
+
+def _is_vacant(path: Path) -> bool:
+    """Whether nothing stands in a folder but what a run that was killed at its very start may have left."""
+    return path.is_dir() and all(entry.name.startswith(".") and entry.suffix == ".tmp" for entry in path.iterdir())
 
 
 def _computed(options: TrainOptions) -> dict[str, Any]:
