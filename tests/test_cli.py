@@ -116,6 +116,7 @@ def test_a_killed_run_resumes_to_the_same_model(whole_run: Path, last, before):
     assert not Path("cut/metrics.json").exists()
     resume = ["--resume"] if Path("cut/config.json").exists() else []
     main([*RUN, "--out", "cut", *resume])
+    assert not list(Path("cut").glob(".*"))
     assert Path("cut/model.safetensors").read_bytes() == (whole_run / "model.safetensors").read_bytes()
     whole, cut = (json.loads((folder / "metrics.json").read_text()) for folder in (whole_run, Path("cut")))
     same = ("ranks", "test_nll", "epochs", "parameters")

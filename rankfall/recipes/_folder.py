@@ -44,8 +44,8 @@ class RunFolder:
         """Refuses a folder that would be overwritten, or that cannot be resumed, before anything is written.
 
         Raises:
-            ValueError: If the folder holds something and `--resume` was not given, or the other way round, or the options of
-                the interrupted run were others.
+            ValueError: If the folder holds something and `--resume` was not given, or the other way round, or the
+                options of the interrupted run were others.
         """
         if not self.options.resume:
             if self.path.exists() and not _is_vacant(self.path):
@@ -64,8 +64,11 @@ class RunFolder:
                 )
 
     def open(self) -> None:
-        """Makes the folder with its config.json, unless it is there already."""
+        """Makes the folder with its config.json, unless it is there already, and clears what a killed run left."""
         self.path.mkdir(parents=True, exist_ok=True)
+        for entry in self.path.iterdir():
+            if _is_leftover(entry):
+                entry.unlink()
         if not self.options.resume:
             self.write("config.json", _computed(self.options))
 
@@ -79,9 +82,13 @@ class RunFolder:
         write_atomic(self.path / "history.jsonl", lambda p: p.write_text(lines))
 
 
+def _is_leftover(path: Path) -> bool:
+    return path.name.startswith(".") and path.suffix == ".tmp"
+
+
 def _is_vacant(path: Path) -> bool:
     """Whether nothing stands in a folder but what a run that was killed at its very start may have left."""
-    return path.is_dir() and all(entry.name.startswith(".") and entry.suffix == ".tmp" for entry in path.iterdir())
+    return path.is_dir() and all(_is_leftover(entry) for entry in path.iterdir())
 
 
 def _computed(options: TrainOptions) -> dict[str, Any]:
