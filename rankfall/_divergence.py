@@ -9,7 +9,7 @@ from torch import Tensor
 from rankfall._formats import Layout
 from rankfall._priors import Prior, kl_of_moments
 
-_CORE_STD = 10.0  # Prior standard deviation of the Tucker core (arXiv 2010.08689, section 3).
+_CORE_STD = 10.0  # Prior standard deviation of the Tucker core (arXiv 2010.08689).
 
 
 def wide(tensor: Tensor) -> Tensor:

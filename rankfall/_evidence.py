@@ -184,7 +184,7 @@ def _smallest_rank(tensor: LowRankTensor, bond: str, test: _Test, base: Tensor, 
     """The smallest rank that passes the test, by bisection between `least` and the present rank."""
     worth, best = _worth(tensor, test), (tensor.ranks[bond], 0.0, 0.0)
     low, high = least, tensor.ranks[bond] - 1
-    # Most bonds lose nothing: one slice is tried first, and a whole half after it.
+    # Most bonds lose nothing, so a single slice is tried first; bisection follows only if that passes.
     middle = high
     while low <= high:
         with _trying(tensor):

@@ -315,7 +315,7 @@ class TTM(Format):
         >>> TTM(8).layout((512, 784)).modes
         ((8, 4, 4, 4), (4, 7, 4, 7))
 
-    Source: Novikov et al., Tensorizing Neural Networks, NeurIPS 2015, section 3.
+    Source: Novikov et al., Tensorizing Neural Networks, NeurIPS 2015.
     """
 
     def _choose_modes(self, shape: tuple[int, ...], given: tuple[Modes | None, ...]) -> tuple[Modes, ...]:

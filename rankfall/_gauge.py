@@ -63,8 +63,8 @@ def canonical(
         rotated = Gauge(layout, list(start.means), list(start.variances))
         _rotate(rotated, format)
         found.append(rotated)
-    # Without variances the KL falls for ever as a slice is moved from the factor that its bond governs to the next
-    # one, but for CP, whose bond governs all: there the roots of the singular values are the split.
+    # Without variances the KL falls without end as a slice's scale moves from the factor that its bond governs to the
+    # next one, so the even split of the rotation stays. CP is safe: its bond governs all factors.
     if start.variances or isinstance(format, CP):
         found = [_balanced(gauge, prior) for gauge in (*found, start)]
     best = min(found, key=lambda gauge: _kl(gauge, prior))

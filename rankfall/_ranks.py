@@ -61,9 +61,10 @@ def prune_(model: M, optimizer: Optimizer | None = None, *, threshold: float) ->
         The model itself.
 
     Raises:
-        ValueError: If `threshold` is outside 0 to 1, or the model has no low-rank tensor.
+        ValueError: If `threshold` is outside 0 to 1, the model has no low-rank tensor, or a factor is NaN or infinite.
+            Nothing has changed then.
 
-    Source: Hawkins, Liu, Zhang, arXiv 2010.08689, section 3.4; there slices are masked, here they are gone.
+    Source: Hawkins, Liu, Zhang, arXiv 2010.08689; its code masks slices, here they are gone.
     """
     check_threshold(threshold)
     tensors = finite_tensors(model, "prune")
@@ -80,14 +81,15 @@ def prune_(model: M, optimizer: Optimizer | None = None, *, threshold: float) ->
 def canonicalize_(model: M, optimizer: Optimizer | None = None) -> M:
     """Moves every low-rank tensor to the cheapest factors of the same tensor, in place: the gauge step.
 
-    X and X^-1 may be inserted on any bond without changing the function. The KL does change, and this takes it down in
-    closed form, without gradients or noise: slices become orthogonal and sorted by singular value (TT, TT-matrix,
-    Tucker; the ring bond by bond; CP keeps its slices), then the scale of each slice is split between the factors that
-    bear it: with rf.MeanField, and for CP, so that the KL under the model's own prior is lowest; with rf.Point, whose
-    KL has no lowest split, evenly. All of it in float64.
+    X and X^-1 may be inserted on any bond without changing the function. The KL does change, and this takes it down
+    from the factors alone, without data and without noise. Slices become orthogonal and sorted by singular value (TT,
+    TT-matrix, Tucker; the ring bond by bond; CP keeps its slices), then the scale of each slice is split between the
+    factors that bear it: with rf.MeanField, and for CP, by a small minimisation of the KL under the model's own prior;
+    otherwise evenly, since with rf.Point moving a slice to one side lowers the KL without end. All of it in float64.
 
     Means are exact, so the function at the posterior mean stays. Standard deviations of rf.MeanField are carried
-    through the same maps with correlations dropped; a tensor whose KL would not fall keeps its factors bit for bit.
+    through the same maps with correlations dropped. Where that costs more than the rotation saves, only the scales
+    change and slices stay as they lie; a tensor whose KL would not fall at all keeps its factors bit for bit.
     Where factors change, their gradients are dropped, the optimizer's momenta become 0 and its second moments their
     mean, since entries have been mixed. Call it between steps.
 

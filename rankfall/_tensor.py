@@ -150,7 +150,7 @@ class LowRankTensor(nn.Module):
         """KL(q || p) of all factors at the best prior scales, in nats; differentiable, float32 or wider.
 
         MeanField: sum over entries of 1/2 [(mean^2 + std^2)/s^2 - 1 - log(std^2/s^2)], and -log p(s) of every slice.
-        Point: the negative log prior up to a constant; terms in std are dropped (arXiv 2010.08689, equation 12).
+        Point: the negative log prior up to a constant; terms in std are dropped (model of arXiv 2010.08689).
         """
         with torch.autocast(self.factors[0].device.type, enabled=False):
             return kl_of_factors(self.layout, self.prior, list(self.factors), list(self.log_stds))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MNIST with a network of one hidden layer, 784-512-10, as in arXiv 2010.08689, section 5.1."""
+"""MNIST with a network of one hidden layer, 784-512-10, the sizes of arXiv 2010.08689."""
 
 import gzip
 import importlib
