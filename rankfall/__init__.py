@@ -17,13 +17,17 @@ from rankfall._formats import TR as TR
 from rankfall._formats import TT as TT
 from rankfall._formats import TTM as TTM
 from rankfall._formats import Tucker as Tucker
+from rankfall._groups import parameter_groups as parameter_groups
 from rankfall._posteriors import MeanField as MeanField
 from rankfall._posteriors import Point as Point
 from rankfall._priors import HalfCauchy as HalfCauchy
 from rankfall._priors import LogUniform as LogUniform
 from rankfall._ranks import canonicalize_ as canonicalize_
+from rankfall._ranks import grow_ranks_ as grow_ranks_
 from rankfall._ranks import prune_ as prune_
 from rankfall._ranks import ranks as ranks
+from rankfall._selection import Evidence as Evidence
+from rankfall._selection import Shrinkage as Shrinkage
 from rankfall._summary import summary as summary
 from rankfall._tensor import LowRankTensor as LowRankTensor
 from rankfall._tensorize import tensorize_ as tensorize_

@@ -15,6 +15,8 @@ from rankfall._formats import CP, TR, Format, Layout, Tucker
 # Singular values under this fraction of the largest are rounding errors of float32 weights read into float64.
 _NUMERICAL_ZERO = 1e-7
 _ALS_SWEEPS, _ALS_STARTS, _ALS_PROGRESS, _ALS_EXACT = 200, 3, 1e-5, 1e-9
+# A sweep of a ring is dear, and what it ends at is judged by data and trained afterwards.
+_RING_SWEEPS, _RING_PROGRESS = 40, 1e-2
 
 
 @torch.no_grad()
@@ -168,7 +170,9 @@ def refit(layout: Layout, target: Sequence[Tensor], start: Sequence[Tensor]) -> 
     bonds = set(layout.bonds)
     renamed = [tuple(f"{name}*" if name in bonds else name for name in axes) for axes in layout.factors]
     goal = _Goal(renamed, list(target), float(squared_norm(layout, target)))
-    return _balance(_als(layout, goal, start))
+    is_ring = len(bonds) > 1
+    effort = (_RING_SWEEPS, _RING_PROGRESS) if is_ring else (_ALS_SWEEPS, _ALS_PROGRESS)
+    return _balance(_als(layout, goal, start, *effort))
 
 
 @dataclass(frozen=True)
@@ -180,15 +184,17 @@ class _Goal:
     square: float
 
 
-def _als(layout: Layout, goal: _Goal, start: Sequence[Tensor]) -> list[Tensor]:
+def _als(
+    layout: Layout, goal: _Goal, start: Sequence[Tensor], sweeps: int = _ALS_SWEEPS, progress: float = _ALS_PROGRESS
+) -> list[Tensor]:
     """Alternating least squares for any network of factors: each in turn solves its normal equations."""
     factors, before = list(start), math.inf
-    for _ in range(_ALS_SWEEPS):
+    for _ in range(sweeps):
         for k in range(len(factors)):
             factors[k] = _solve_factor(layout, goal, factors, k)
         # At a least-squares point the residual is |W|^2 - |fit|^2, so progress costs no formed tensor.
         residual = max(goal.square - float(squared_norm(layout, factors)), 0.0)
-        if before - residual <= _ALS_PROGRESS * max(residual, 1e-20 * goal.square):
+        if before - residual <= progress * max(residual, 1e-20 * goal.square):
             break
         before = residual
     return factors

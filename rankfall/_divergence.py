@@ -44,12 +44,19 @@ def governed_moments(layout: Layout, squares: Sequence[Tensor]) -> dict[str, tup
     return out
 
 
-def kl_of_factors(layout: Layout, prior: Prior, means: Sequence[Tensor], log_stds: Sequence[Tensor] = ()) -> Tensor:
-    """KL(q || p) at the best prior scales, in nats; see `LowRankTensor.kl`."""
+def kl_of_factors(
+    layout: Layout,
+    prior: Prior,
+    means: Sequence[Tensor],
+    log_stds: Sequence[Tensor] = (),
+    *,
+    hyperprior: bool = True,
+) -> Tensor:
+    """KL(q || p) at the best prior scales, in nats, with -log p(s) of the scales or without; see `LowRankTensor.kl`."""
     squares = second_moments(means, log_stds)
     total = squares[0].new_zeros(())
     for moment, count in governed_moments(layout, squares).values():
-        total = total + kl_of_moments(prior, moment, count)
+        total = total + kl_of_moments(prior, moment, count, hyperprior=hyperprior)
     if layout.core is not None:
         core = squares[layout.core]
         total = total + 0.5 * core.sum() / _CORE_STD**2 + core.numel() * math.log(_CORE_STD)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rankfall._elbo import check_weights
-from rankfall._formats import CP
+from rankfall._formats import CP, TR
 from rankfall._tensor import LowRankTensor, finite_tensors, layer_path
 
 PerExampleNLL = Callable[[], Tensor]
@@ -168,16 +168,18 @@ def _trying(tensor: LowRankTensor) -> Iterator[None]:
 
 
 def _select(tensor: LowRankTensor, name: str, test: _Test, base: Tensor, max_cut: float) -> list[RankChange]:
-    found = []
+    found, before = [], _worth(tensor, test)
     with _trying(tensor):
-        tensor.canonicalize_()
+        tensor.align_()
         for bond, rank in tensor.ranks.items():
             after, cost, saved = _smallest_rank(tensor, bond, test, base, rank - math.floor(rank * max_cut))
             if after < rank:
                 found.append(RankChange(name, bond, rank, after, cost, saved))
                 _reduce(tensor, bond, after, None)
                 base = test.per_example()
-    return found
+        # Turning the slices has its price, since correlations of the posterior are dropped; cuts have to bear it too.
+        saved = test.beta * (before - _worth(tensor, test))
+    return found if saved > sum(change.nll_cost for change in found) else []
 
 
 def _smallest_rank(tensor: LowRankTensor, bond: str, test: _Test, base: Tensor, least: int) -> tuple[int, float, float]:
@@ -202,20 +204,20 @@ def _smallest_rank(tensor: LowRankTensor, bond: str, test: _Test, base: Tensor, 
 def _worth(tensor: LowRankTensor, test: _Test) -> float:
     """What the prior side charges for a tensor, in nats."""
     if len(tensor.log_stds):
-        return float(tensor.kl())
+        return tensor.entry_kl()
     return 0.5 * math.log(test.num_data) * sum(f.numel() for f in tensor.factors)
 
 
 def _reduce(tensor: LowRankTensor, bond: str, rank: int, optimizer: Optimizer | None) -> None:
-    """The tensor with a bond of a smaller rank: its strongest slices, for CP refitted to the whole."""
+    """The tensor with a bond of a smaller rank: its strongest slices, refitted to the whole where they may overlap."""
     strongest = tensor.strengths(bond).argsort(descending=True, stable=True)[:rank].sort().values
-    if isinstance(tensor.format, CP) and rank:
+    if isinstance(tensor.format, CP | TR) and rank and all(tensor.ranks.values()):
         tensor.refit_(bond, strongest, optimizer)
     else:
         tensor.keep_slices_(bond, strongest, optimizer)
 
 
 def _apply(tensor: LowRankTensor, found: list[RankChange], optimizer: Optimizer | None) -> None:
-    tensor.canonicalize_(optimizer)
+    tensor.align_(optimizer)
     for change in found:
         _reduce(tensor, change.bond, change.after, optimizer)

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The reference training loop: the evidence lower bound, its warm-up, and cuts between steps."""
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -15,8 +17,10 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 from rankfall._elbo import check_weights, kl
 from rankfall._files import write_atomic
+from rankfall._groups import parameter_groups
 from rankfall._progress import ProgressBar
-from rankfall._ranks import check_threshold, prune_, ranks
+from rankfall._ranks import ranks
+from rankfall._selection import Evidence, Selection, Training, select_
 from rankfall._states import check_state
 from rankfall._summary import summary
 from rankfall._tensor import low_rank_tensors
@@ -31,6 +35,7 @@ Record: TypeAlias = dict[str, Any]
 
 # How often a loss on an accelerator is looked at: every look makes the host wait for the device.
 _STEPS_BETWEEN_CHECKS = 50
+_LR = 1e-3
 
 
 def fit(  # noqa: PLR0913  one call with defaults is what a reference loop is for
@@ -38,12 +43,12 @@ def fit(  # noqa: PLR0913  one call with defaults is what a reference loop is fo
     loader: Iterable[Batch],
     nll: NLL,
     *,
-    optimizer: Optimizer,
     epochs: int,
     num_data: int,
+    optimizer: Optimizer | None = None,
     beta: float = 1.0,
     kl_warmup: int = 5,
-    prune_threshold: float | None = None,
+    selection: Selection | None = Evidence(),
     scheduler: LRScheduler | None = None,
     evaluate: Callable[[], Mapping[str, float]] | None = None,
     on_epoch: Callable[[list[Record]], object] | None = None,
@@ -75,12 +80,12 @@ def fit(  # noqa: PLR0913  one call with defaults is what a reference loop is fo
         model: Any module, moved to Accelerate's device.
         loader: Batches, as often as it is iterated: a DataLoader or a list; tensors are moved to the device.
         nll: nll(model, batch) returns the negative log likelihood of each datum of the batch in nats, shape (n,).
-        optimizer: Any torch optimizer over the model's parameters.
         epochs: Passes over the loader, all in all: a resumed run does what is left.
         num_data: Size of the training set.
+        optimizer: Any torch optimizer over the model's parameters; None for Adam on `rf.parameter_groups(model, 1e-3)`.
         beta: Weight of the KL; 1 is the evidence lower bound.
         kl_warmup: Epochs over which that weight rises from 0, so that the data speaks first; no cut happens in them.
-        prune_threshold: `threshold` of rf.prune_, called after every epoch; None cuts nothing.
+        selection: When and how ranks change: rf.Evidence(), rf.Shrinkage(threshold), or None for fixed ranks.
         scheduler: Stepped once an epoch; None for a cosine from the optimizer's learning rate to 0.
         evaluate: Called after each epoch in eval mode without gradients; what it returns joins the record.
         on_epoch: Called after each epoch with the history so far, once the checkpoint is safe.
@@ -98,17 +103,17 @@ def fit(  # noqa: PLR0913  one call with defaults is what a reference loop is fo
         ImportError: If accelerate is not installed.
     """
     _check_arguments(epochs, num_data, beta, kl_warmup)
-    if prune_threshold is not None:
-        check_threshold(prune_threshold)
     if checkpoint is not None and not Path(checkpoint).parent.is_dir():
         raise ValueError(f"no folder {Path(checkpoint).parent} for the checkpoint. Make it first.")
     accelerator = _make_accelerator() if accelerator is None else accelerator
     if accelerator.num_processes > 1:
         raise ValueError("rf.fit runs on one process; start it without torchrun or `accelerate launch`.")
+    optimizer = torch.optim.Adam(parameter_groups(model, _LR)) if optimizer is None else optimizer
     scheduler = CosineAnnealingLR(optimizer, T_max=max(epochs, 1)) if scheduler is None else scheduler
     has_kl = any(low_rank_tensors(model))
     state = _State(model, optimizer, scheduler, loader, epochs)
     history = state.restore(checkpoint)
+    training = Training(epochs, kl_warmup, num_data, beta, partial(_sample, model, loader, nll, accelerator))
     with (
         _prepared(accelerator, model, optimizer) as (prepared, stepper),
         ProgressBar(epochs, len(history), shown=progress) as bar,
@@ -119,8 +124,9 @@ def fit(  # noqa: PLR0913  one call with defaults is what a reference loop is fo
             objective = _Objective(prepared, nll, warm / num_data if has_kl else None, accelerator, epoch)
             record = {"epoch": epoch, **_train_epoch(objective, loader, stepper), "lr": scheduler.get_last_lr()[0]}
             scheduler.step()
-            if prune_threshold is not None and has_kl and epoch >= kl_warmup:
-                prune_(model, optimizer, threshold=prune_threshold)
+            record["ranks"] = ranks(model)
+            if selection is not None and has_kl:
+                record |= select_(selection, model, optimizer, [*history, record], training)
             counts = summary(model)
             record |= {"parameters": counts.parameters, "compression": counts.compression, "ranks": ranks(model)}
             record["seconds"] = time.perf_counter() - started
@@ -205,7 +211,7 @@ class _Objective:
 def _train_epoch(objective: _Objective, loader: Iterable[Batch], optimizer: "AcceleratedOptimizer") -> Record:
     objective.model.train()
     device = objective.accelerator.device
-    total, weighted, divergence = (torch.zeros((), device=device) for _ in range(3))
+    total, weighted, squared, divergence = (torch.zeros((), device=device) for _ in range(4))
     count = steps = 0
     for step, batch in enumerate(loader):
         each, divergence, loss = objective(_to_device(batch, device))
@@ -214,13 +220,35 @@ def _train_epoch(objective: _Objective, loader: Iterable[Batch], optimizer: "Acc
         objective.accelerator.backward(loss)
         optimizer.step()
         weighted += each.detach().sum()
+        squared += each.detach().square().sum()
         count += len(each)
         total += loss.detach()
         steps += 1
     if steps == 0:
         raise ValueError("loader gave no batch. Pass a DataLoader or a list, which can be iterated again each epoch.")
     objective.check(total, 0)
-    return {"loss": float(total) / steps, "nll": float(weighted) / count, "kl": float(divergence.detach())}
+    mean = float(weighted) / count
+    spread = math.sqrt(max(float(squared) / count - mean**2, 0.0) / count)
+    return {"loss": float(total) / steps, "nll": mean, "nll_error": spread, "kl": float(divergence.detach())}
+
+
+def _sample(
+    model: nn.Module, loader: Iterable[Batch], nll: NLL, accelerator: "Accelerator", examples: int
+) -> Callable[[], Tensor]:
+    """The NLL of each of so many examples, always the same ones: the first batches of a new pass over the data."""
+    batches, count = [], 0
+    with torch.no_grad(), accelerator.autocast():
+        for batch in loader:
+            batches.append(_to_device(batch, accelerator.device))
+            count += len(nll(model, batches[-1]))
+            if count >= examples:
+                break
+
+    def each() -> Tensor:
+        with accelerator.autocast():
+            return torch.cat([nll(model, batch) for batch in batches])
+
+    return each
 
 
 def _to_device(batch: Batch, device: torch.device) -> Batch:

@@ -24,7 +24,9 @@ _DEAD = 1e-14
 # Under this fraction of the largest a singular value no longer stretches variances further.
 _STRETCH = 1e-6
 _RING_SWEEPS, _RING_SETTLED = 50, 1e-8
-_SCALE_STEPS, _SCALE_BOUND = 60, 12.0
+# Scales stay within this many e-folds of an even split: a slice of tiny entries beside huge ones would be the cheapest
+# place for a dead one, and the next step of an optimizer there would be an explosion.
+_SCALE_STEPS, _SCALE_BOUND = 60, 2.0
 
 
 @dataclass
@@ -56,19 +58,37 @@ def canonical(
     Returns:
         Factors of the same shapes, in float64; None if none with a lower KL were found.
     """
-    start = Gauge(layout, [m.double() for m in means], [(2 * s.double()).exp() for s in log_stds])
+    start = _gauge(layout, means, log_stds)
     before = _kl(start, prior)
-    found = []
-    if not isinstance(format, CP):
-        rotated = Gauge(layout, list(start.means), list(start.variances))
-        _rotate(rotated, format)
-        found.append(rotated)
+    found = [] if isinstance(format, CP) else [_rotated(start, format)]
     # Without variances the KL falls without end as a slice's scale moves from the factor that its bond governs to the
     # next one, so the even split of the rotation stays. CP is safe: its bond governs all factors.
     if start.variances or isinstance(format, CP):
         found = [_balanced(gauge, prior) for gauge in (*found, start)]
+    # The fixed prior of a core sees its size, so with variances sizes stay where the KL has put them.
+    if layout.core is None or not start.variances:
+        found = [_equalised(gauge) for gauge in found]
     best = min(found, key=lambda gauge: _kl(gauge, prior))
     return best if _kl(best, prior) < before else None
+
+
+def aligned(layout: Layout, format: Format, means: Sequence[Tensor], log_stds: Sequence[Tensor]) -> Gauge:
+    """The rotation of `canonical` alone, whatever it does to the KL: slices orthogonal and sorted, factors of one size.
+
+    A slice that is spread over all others cannot be removed. This is the form in which removals are tried.
+    """
+    start = _gauge(layout, means, log_stds)
+    return _equalised(start if isinstance(format, CP) else _rotated(start, format))
+
+
+def _gauge(layout: Layout, means: Sequence[Tensor], log_stds: Sequence[Tensor]) -> Gauge:
+    return Gauge(layout, [m.double() for m in means], [(2 * s.double()).exp() for s in log_stds])
+
+
+def _rotated(start: Gauge, format: Format) -> Gauge:
+    gauge = Gauge(start.layout, list(start.means), list(start.variances))
+    _rotate(gauge, format)
+    return gauge
 
 
 def _rotate(gauge: Gauge, format: Format) -> None:
@@ -261,11 +281,25 @@ def _balanced(gauge: Gauge, prior: Prior) -> Gauge:
     return found if _kl(found, prior) < _kl(gauge, prior) else gauge
 
 
+def _equalised(gauge: Gauge) -> Gauge:
+    """All factors with the same root mean square: one step size serves them all, and the KL is all but blind to it."""
+    sizes = [float(m.square().mean().sqrt()) for m in gauge.means]
+    if min(sizes) == 0:
+        return gauge
+    common = math.exp(sum(map(math.log, sizes)) / len(sizes))
+    means = [m * (common / size) for m, size in zip(gauge.means, sizes, strict=True)]
+    variances = [v * (common / size) ** 2 for v, size in zip(gauge.variances, sizes, strict=False)]
+    return Gauge(gauge.layout, means, variances)
+
+
 def _scaled(gauge: Gauge, free: dict[str, Tensor]) -> Gauge:
     means, variances = list(gauge.means), list(gauge.variances)
     for bond, logs in free.items():
         # Bounded, since a slice that carries nothing may be scaled for ever.
         bounded = _SCALE_BOUND * torch.tanh(logs / _SCALE_BOUND)
+        if gauge.layout.core is None:
+            # A factor as a whole keeps its size: under a log-uniform hyperprior the KL lets it grow or fall for ever.
+            bounded = bounded - bounded.mean(1, keepdim=True)
         exponents = torch.cat([bounded, -bounded.sum(0, keepdim=True)])
         for (k, dim), exponent in zip(gauge.layout.places(bond), exponents, strict=True):
             shape = [-1 if d == dim else 1 for d in range(means[k].dim())]

@@ -92,14 +92,16 @@ class HalfCauchy(Prior):
         return torch.log1p(variance / self.scale**2)
 
 
-def kl_of_moments(prior: Prior, moment: Tensor, count: int) -> Tensor:
+def kl_of_moments(prior: Prior, moment: Tensor, count: int, *, hyperprior: bool = True) -> Tensor:
     """The part of the KL that the prior sees, over the slices of one bond: a number, in nats.
 
-    sum over slices of 1/2 (moment / v + count log v) - log p(sqrt v), at the best variance v. v is held fixed in the
-    gradient: at an optimum, and where it rests on its lower bound, the partial gradient is the total one.
+    sum over slices of 1/2 (moment / v + count log v) - log p(sqrt v), at the best variance v; the last term is left out
+    on request. v is held fixed in the gradient: at an optimum, and where it rests on its lower bound, the partial
+    gradient is the total one.
     """
     if count == 0:
         # Slices of a bond whose neighbour has rank 0 govern no entry.
         return moment.new_zeros(())
     variance = prior.variance(moment.detach(), count)
-    return (0.5 * (moment / variance + count * variance.log()) + prior.penalty(variance)).sum()
+    entries = 0.5 * (moment / variance + count * variance.log())
+    return (entries + prior.penalty(variance) if hyperprior else entries).sum()

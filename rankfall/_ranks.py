@@ -116,3 +116,37 @@ def canonicalize_(model: M, optimizer: Optimizer | None = None) -> M:
     for _, tensor in finite_tensors(model, "canonicalize"):
         tensor.canonicalize_(optimizer)
     return model
+
+
+def grow_ranks_(model: M, optimizer: Optimizer | None = None, *, slices: int = 1) -> M:
+    """Gives bonds slices back, in place, without changing the function: the way out of a cut that was one too many.
+
+    Every bond gets `slices` more, up to the rank it started from. A new slice has random entries in all factors that
+    bear it but the last, where it is 0; training fills it if the data has a use for it, and the next
+    `rf.select_ranks_` removes it if not. Call it between steps.
+
+    Example:
+        >>> layer = rf.nn.Linear(12, 20, format=rf.TTM(max_rank=6))
+        >>> layer.weight.keep_slices_("r1", torch.tensor([0, 1]))
+        >>> rf.ranks(rf.grow_ranks_(layer))
+        {'': {'r1': 3}}
+
+    Args:
+        model: Any module; only low-rank tensors inside it change.
+        optimizer: The optimizer that owns the factors, if there is one.
+        slices: How many slices a bond gets.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ValueError: If `slices` is negative, the model has no low-rank tensor, or a factor is NaN or infinite. Nothing
+            has changed then.
+    """
+    if slices < 0:
+        raise ValueError(f"slices must be 0 or more, got {slices}. rf.select_ranks_ removes slices.")
+    for _, tensor in finite_tensors(model, "grow"):
+        largest = tensor.format.start_ranks(tensor.layout)
+        for bond, rank in tensor.ranks.items():
+            tensor.grow_slices_(bond, min(slices, largest[bond] - rank), optimizer)
+    return model

@@ -33,14 +33,50 @@ def keep_(parameter: nn.Parameter, dim: int, index: Tensor, optimizer: Optimizer
     _map_(parameter, lambda t: t.index_select(dim, index), optimizer)
 
 
+def grow_(parameter: nn.Parameter, dim: int, values: Tensor, optimizer: Optimizer | None = None) -> None:
+    """Appends entries to one dimension of a parameter; its gradient is dropped, its optimizer state grows with it.
+
+    In the new places signed state (momenta) is 0 and state that is never negative (second moments) has its mean, so
+    that the next steps there are of the usual size.
+
+    Example:
+        >>> p = nn.Parameter(torch.zeros(2, 3))
+        >>> grow_(p, 1, torch.ones(2, 1))
+        >>> p.shape
+        torch.Size([2, 4])
+
+    Args:
+        parameter: The parameter to enlarge, between steps.
+        dim: The dimension that grows.
+        values: What is appended, of the parameter's shape but for `dim`.
+        optimizer: The optimizer that owns the parameter, if there is one.
+    """
+    for name, value in _entrywise_state(parameter, optimizer).items():
+        # An empty mean is NaN, where there is nothing to take after.
+        new = 0.0 if _is_signed(name, value) or not value.numel() else float(value.mean())
+        optimizer.state[parameter][name] = torch.cat([value, torch.full_like(values, new)], dim)  # pyright: ignore[reportOptionalMemberAccess]
+    _replace_(parameter, torch.cat([parameter.data, values.to(parameter.dtype)], dim))
+
+
+def _entrywise_state(parameter: nn.Parameter, optimizer: Optimizer | None) -> dict[str, Tensor]:
+    """The optimizer's state that has one number for each entry of a parameter."""
+    if optimizer is None or parameter not in optimizer.state:
+        return {}
+    return {
+        name: value
+        for name, value in optimizer.state[parameter].items()
+        if isinstance(value, Tensor) and value.shape == parameter.shape and value.dim() > 0
+    }
+
+
+def _is_signed(name: str, value: Tensor) -> bool:
+    return name in _MOMENTA or bool((value < 0).any())
+
+
 @torch.no_grad()
 def _map_(parameter: nn.Parameter, change: Callable[[Tensor], Tensor], optimizer: Optimizer | None) -> None:
-    shape = parameter.shape
-    if optimizer is not None and parameter in optimizer.state:
-        state = optimizer.state[parameter]
-        for name, value in state.items():
-            if isinstance(value, Tensor) and value.shape == shape and value.dim() > 0:
-                state[name] = change(value)
+    for name, value in _entrywise_state(parameter, optimizer).items():
+        optimizer.state[parameter][name] = change(value)  # pyright: ignore[reportOptionalMemberAccess]
     gradient = parameter.grad
     _replace_(parameter, change(parameter.data))
     if gradient is not None:
@@ -73,10 +109,9 @@ def forget_(parameter: nn.Parameter, optimizer: Optimizer) -> None:
         >>> optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"]
         (tensor([0., 0.]), tensor([0.0050, 0.0050]))
     """
-    for name, value in optimizer.state.get(parameter, {}).items():
-        if isinstance(value, Tensor) and value.shape == parameter.shape and value.numel() and value.dim() > 0:
-            signed = name in _MOMENTA or bool((value < 0).any())
-            value.fill_(0.0 if signed else value.mean())
+    for name, value in _entrywise_state(parameter, optimizer).items():
+        if value.numel():
+            value.fill_(0.0 if _is_signed(name, value) else value.mean())
 
 
 def resize_(parameter: nn.Parameter, shape: tuple[int, ...]) -> None:

@@ -15,7 +15,7 @@ from rankfall._divergence import governed_moments, kl_of_factors, per_slice, sec
 from rankfall._formats import Format
 from rankfall._posteriors import MeanField, Posterior, draw
 from rankfall._priors import HalfCauchy, Prior
-from rankfall._resize import forget_, keep_, resize_
+from rankfall._resize import forget_, grow_, keep_, resize_
 
 _TRUNCATION = 2.0  # Factors start from a normal cut off at this many standard deviations.
 
@@ -156,6 +156,14 @@ class LowRankTensor(nn.Module):
             return kl_of_factors(self.layout, self.prior, list(self.factors), list(self.log_stds))
 
     @torch.no_grad()
+    def entry_kl(self) -> float:
+        """The part of `kl` that entries are charged, without -log p(s): what removing slices saves, never negative.
+
+        A hyperprior is a density of scales, so its value would depend on their unit when slices are counted.
+        """
+        return float(kl_of_factors(self.layout, self.prior, list(self.factors), list(self.log_stds), hyperprior=False))
+
+    @torch.no_grad()
     def prior_scales(self, *, means_only: bool = False) -> dict[str, Float[Tensor, " rank"]]:
         """The best prior scale (standard deviation) of every slice of every bond.
 
@@ -193,11 +201,60 @@ class LowRankTensor(nn.Module):
         Raises:
             ValueError: If there is no such bond.
         """
-        if bond not in self.layout.bonds:
-            raise ValueError(f"no bond {bond!r}; this tensor has {', '.join(self.layout.bonds)}. See .ranks.")
+        self._check_bond(bond)
         for factor, dim in self.layout.places(bond):
             for parameters in (self.factors, self.log_stds) if len(self.log_stds) else (self.factors,):
                 keep_(parameters[factor], dim, index, optimizer)
+
+    @torch.no_grad()
+    def grow_slices_(self, bond: str, count: int, optimizer: Optimizer | None = None) -> None:
+        """Adds slices to a bond without changing dense(): random entries in all factors that bear it, 0 in the last.
+
+        The random entries have the root mean square of their factor, so that the gradient of the zeros says at once
+        what the slice could carry. New standard deviations are what the posterior starts with.
+
+        Example:
+            >>> t = rf.LowRankTensor((12, 20), rf.TTM(max_rank=4))
+            >>> before = t.dense()
+            >>> t.grow_slices_("r1", 2)
+            >>> t.ranks, torch.allclose(t.dense(), before)
+            ({'r1': 6}, True)
+
+        Args:
+            bond: A key of `ranks`.
+            count: How many slices are added.
+            optimizer: The optimizer that owns the factors, if there is one.
+
+        Raises:
+            ValueError: If there is no such bond, or `count` is negative.
+        """
+        self._check_bond(bond)
+        if count < 0:
+            raise ValueError(f"count must be 0 or more, got {count}. Call keep_slices_ to remove slices.")
+        places = self.layout.places(bond)
+        for k, dim in places:
+            factor = self.factors[k]
+            shape = [count if d == dim else n for d, n in enumerate(factor.shape)]
+            size = self._typical_size(k)
+            grow_(
+                factor,
+                dim,
+                factor.new_zeros(shape) if k == places[-1][0] else size * factor.new_empty(shape).normal_(),
+                optimizer,
+            )
+            start = self.posterior.initial_log_std(factor.new_full((1,), size))
+            if start is not None:
+                grow_(self.log_stds[k], dim, start.expand(shape), optimizer)
+
+    def _typical_size(self, k: int) -> float:
+        """Root mean square of a factor; of all of them where this one is empty or 0."""
+        sizes = [float(f.square().mean().sqrt()) if f.numel() else 0.0 for f in self.factors]
+        known = [size for size in sizes if size > 0]
+        return sizes[k] or (math.exp(sum(map(math.log, known)) / len(known)) if known else 1.0)
+
+    def _check_bond(self, bond: str) -> None:
+        if bond not in self.layout.bonds:
+            raise ValueError(f"no bond {bond!r}; this tensor has {', '.join(self.layout.bonds)}. See .ranks.")
 
     @torch.no_grad()
     def canonicalize_(self, optimizer: Optimizer | None = None) -> None:
@@ -205,8 +262,16 @@ class LowRankTensor(nn.Module):
         if 0 in self.ranks.values():
             return  # A tensor of zeros has no better factors.
         gauge = _gauge.canonical(self.layout, self.format, self.prior, list(self.factors), list(self.log_stds))
-        if gauge is None:
-            return
+        if gauge is not None:
+            self._take(gauge, optimizer)
+
+    @torch.no_grad()
+    def align_(self, optimizer: Optimizer | None = None) -> None:
+        """Makes slices orthogonal and sorted, where the format allows it, whatever that does to the KL."""
+        if 0 not in self.ranks.values():
+            self._take(_gauge.aligned(self.layout, self.format, list(self.factors), list(self.log_stds)), optimizer)
+
+    def _take(self, gauge: _gauge.Gauge, optimizer: Optimizer | None) -> None:
         for parameters, values in (
             (self.factors, gauge.means),
             (self.log_stds, [v.log() / 2 for v in gauge.variances]),

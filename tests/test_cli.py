@@ -40,7 +40,7 @@ def refused(capsys, *arguments: str) -> str:
     return lines[0]
 
 
-@pytest.mark.parametrize("method", ["shrinkage", "fixed", "dense"])
+@pytest.mark.parametrize("method", ["evidence", "shrinkage", "fixed", "dense"])
 def test_train_writes_a_whole_run_folder(capsys, method):
     main(["train", "digits", "--method", method, "--out", "run", *SHORT])
     metrics = json.loads(Path("run/metrics.json").read_text())
@@ -62,7 +62,7 @@ def test_train_writes_a_whole_run_folder(capsys, method):
 def test_every_format_trains(mini_mnist: Path):
     for name in ("cp", "tucker", "tt", "ttm", "tr"):
         main(["train", "mnist", "--data-dir", str(mini_mnist), "--format", name, "--max-rank", "3", "--epochs", "1"])
-        metrics = json.loads(Path(f"runs/mnist-{name}-shrinkage-seed0/metrics.json").read_text())
+        metrics = json.loads(Path(f"runs/mnist-{name}-evidence-seed0/metrics.json").read_text())
         assert metrics["format"] == name
         assert metrics["dense_parameters"] == 407_050
 
@@ -71,7 +71,7 @@ def test_default_folders_do_not_collide():
     for _ in range(3):
         main(["train", "digits", *SHORT])
     assert sorted(p.name for p in Path("runs").iterdir()) == [
-        "digits-ttm-shrinkage-seed0", "digits-ttm-shrinkage-seed0-2", "digits-ttm-shrinkage-seed0-3",
+        "digits-ttm-evidence-seed0", "digits-ttm-evidence-seed0-2", "digits-ttm-evidence-seed0-3",
     ]  # fmt: skip
 
 
@@ -96,7 +96,7 @@ def counted(self, target):
 
 pathlib.Path.replace = counted
 """
-RUN = ["train", "digits", "--epochs", "10", "--limit", "500", "--threshold", "0.5"]
+RUN = ["train", "digits", "--method", "shrinkage", "--epochs", "10", "--limit", "500", "--threshold", "0.5"]
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_resuming_a_finished_run_reads_it(monkeypatch, capsys):
 def test_resume_without_folder_takes_the_latest():
     main(["train", "digits", *SHORT])
     main(["train", "digits", "--resume", *SHORT])
-    assert [p.name for p in Path("runs").iterdir()] == ["digits-ttm-shrinkage-seed0"]
+    assert [p.name for p in Path("runs").iterdir()] == ["digits-ttm-evidence-seed0"]
 
 
 def test_interruption_says_how_to_go_on(monkeypatch, capsys):

@@ -54,7 +54,7 @@ def shuffled(generator=None):
 
 
 def test_the_loss_falls(posterior):
-    history = fit(model_of(posterior), epochs=60, kl_warmup=5)
+    history = fit(model_of(posterior), epochs=60, kl_warmup=5, selection=None)
     assert history[-1]["nll"] < 0.3 * history[0]["nll"]
     assert [record["epoch"] for record in history] == list(range(60))
 
@@ -62,8 +62,8 @@ def test_the_loss_falls(posterior):
 def test_a_record_says_what_happened():
     model = model_of()
     history = fit(model, epochs=2, evaluate=lambda: {"accuracy": 0.5}, kl_warmup=0)
-    expected = {"epoch", "loss", "nll", "kl", "lr", "parameters", "compression", "ranks", "seconds", "accuracy"}
-    assert all(set(record) == expected for record in history)
+    expected = {"epoch", "loss", "nll", "nll_error", "kl", "lr", "parameters", "compression", "ranks", "seconds"}
+    assert all(set(record) == expected | {"selection", "accuracy"} for record in history)
     last = history[-1]
     assert last["ranks"] == rf.ranks(model)
     assert last["parameters"] == rf.summary(model).parameters
@@ -97,7 +97,7 @@ def test_cuts_happen_after_the_warm_up_and_stay():
     with torch.no_grad():
         for k, dim in model[0].weight.layout.places("r1"):
             model[0].weight.factors[k].select(dim, 0).mul_(1e-4)
-    history = fit(model, epochs=5, kl_warmup=2, prune_threshold=0.05)
+    history = fit(model, epochs=5, kl_warmup=2, selection=rf.Shrinkage(0.05))
     ranks = [record["ranks"]["0"]["r1"] for record in history]
     assert ranks[:2] == [4, 4]
     assert ranks[2] == 3
@@ -117,7 +117,7 @@ def test_batches_of_unequal_size_weigh_by_datum():
 def test_a_dense_model_is_trained_on_its_nll_alone():
     torch.manual_seed(0)
     model = nn.Linear(12, 3)
-    history = fit(model, epochs=40, prune_threshold=0.1)
+    history = fit(model, epochs=40, selection=rf.Shrinkage(0.1))
     assert history[-1]["nll"] < 0.5 * history[0]["nll"]
     assert all(record["kl"] == 0 and record["loss"] == pytest.approx(record["nll"]) for record in history)
     assert history[-1]["ranks"] == {}
@@ -182,7 +182,13 @@ def test_an_interrupted_run_ends_as_the_uninterrupted_one(at, own_generator, pos
                 raise KeyboardInterrupt
             return {"probe": model(data()[0]).sum().item()}
 
-        arguments = {"epochs": 6, "kl_warmup": 2, "prune_threshold": 0.2, "evaluate": evaluate, "checkpoint": path}
+        arguments = {
+            "epochs": 6,
+            "kl_warmup": 2,
+            "selection": rf.Shrinkage(0.2),
+            "evaluate": evaluate,
+            "checkpoint": path,
+        }
         return model, lambda: fit(model, loader, **arguments)
 
     whole, go = run(tmp_path / "whole")
@@ -328,7 +334,6 @@ def test_an_empty_loader_is_refused():
         ({"beta": -1.0}, r"beta must be 0 or more, got -1.0. 1 is the evidence lower bound"),
         ({"kl_warmup": -1}, r"kl_warmup must be 0 epochs or more, got -1"),
         ({"num_data": float("inf")}, r"num_data must be positive, got inf"),
-        ({"prune_threshold": 2.0}, r"threshold must be from 0 up to but not including 1, got 2.0"),
         ({"checkpoint": "nowhere/run.pt"}, r"no folder nowhere for the checkpoint. Make it first"),
     ],
 )

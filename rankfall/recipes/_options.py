@@ -10,6 +10,7 @@ import tyro
 from rankfall._formats import CP, TR, TT, TTM, Format, Modes, Tucker
 from rankfall._posteriors import MeanField, Point, Posterior
 from rankfall._priors import HalfCauchy, LogUniform, Prior
+from rankfall._selection import Evidence, Shrinkage
 
 FormatName: TypeAlias = Literal["cp", "tucker", "tt", "ttm", "tr"]
 _FORMATS: dict[str, type[Format]] = {"cp": CP, "tucker": Tucker, "tt": TT, "ttm": TTM, "tr": TR}
@@ -33,8 +34,9 @@ class TrainOptions:
     """How the weights are held."""
     max_rank: int | None = None
     """Rank of every bond at the start, which training lowers; the recipe's own (digits 8, mnist 20) if left out."""
-    method: Literal["shrinkage", "fixed", "dense"] = "shrinkage"
-    """shrinkage removes slices by their prior scale, fixed keeps all ranks and has no prior, dense is the usual net."""
+    method: Literal["evidence", "shrinkage", "fixed", "dense"] = "evidence"
+    """evidence removes the slices that do not pay for themselves, shrinkage those of small prior scale; fixed keeps all
+    ranks and has no prior, dense is the usual net."""
     prior: Literal["half-cauchy", "log-uniform"] = "half-cauchy"
     """Hyperprior of the prior scales."""
     posterior: Literal["mean-field", "point"] = "mean-field"
@@ -59,13 +61,22 @@ class TrainOptions:
         """Whether the network stays as it is."""
         return self.method == "dense"
 
+    @property
+    def shrinks(self) -> bool:
+        """Whether the prior is at work."""
+        return self.method in ("evidence", "shrinkage")
+
+    def make_selection(self) -> Evidence | Shrinkage | None:
+        """How ranks change."""
+        return {"evidence": Evidence(), "shrinkage": Shrinkage(self.threshold)}.get(self.method)
+
     def make_prior(self) -> Prior:
         """The chosen hyperprior."""
         return HalfCauchy() if self.prior == "half-cauchy" else LogUniform()
 
     def make_posterior(self) -> Posterior:
         """The chosen posterior; a fixed rank has no prior, so no spread either."""
-        return MeanField() if self.posterior == "mean-field" and self.method != "fixed" else Point()
+        return MeanField() if self.posterior == "mean-field" and self.shrinks else Point()
 
     def check(self) -> None:
         """Refuses what argument types let through.

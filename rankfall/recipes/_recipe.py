@@ -39,8 +39,7 @@ class Recipe:
         model: Makes the dense model.
         epochs: Passes over the data.
         batch_size: Rows per step.
-        lr: Adam's step size for a tensorized model.
-        dense_lr: Adam's step size for its dense twin.
+        lr: Adam's step size for weights and biases; `rf.parameter_groups` finds that of factors.
         kl_warmup: Epochs until the KL has its full weight; cuts begin then.
         max_rank: Rank of every bond at the start. The KL of all entries is shared out over the data, so few data and
             high ranks make it drown the likelihood before anything is learned.
@@ -53,7 +52,6 @@ class Recipe:
     epochs: int
     batch_size: int
     lr: float
-    dense_lr: float
     kl_warmup: int
     max_rank: int
     paired_modes: dict[str, tuple[Modes, Modes]]

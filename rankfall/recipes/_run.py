@@ -14,6 +14,7 @@ from torchmetrics.functional.classification import multiclass_accuracy
 
 from rankfall._checkpoint import load, save
 from rankfall._fit import fit
+from rankfall._groups import parameter_groups
 from rankfall._ranks import ranks
 from rankfall._summary import summary
 from rankfall._tensorize import tensorize_
@@ -76,19 +77,18 @@ def build_model(recipe: Recipe, options: TrainOptions) -> nn.Module:
 def _fit(
     recipe: Recipe, options: TrainOptions, model: nn.Module, data: Data, folder: RunFolder, progress: bool
 ) -> list[dict[str, Any]]:
-    shrinks = options.method == "shrinkage"
     epochs = options.epochs or recipe.epochs
     return fit(
         model,
         data.batches(recipe.batch_size),
         _cross_entropy,
-        optimizer=torch.optim.Adam(model.parameters(), lr=recipe.dense_lr if options.is_dense else recipe.lr),
+        optimizer=torch.optim.Adam(parameter_groups(model, recipe.lr)),
         epochs=epochs,
         num_data=len(data.train[0]),
-        beta=options.beta if shrinks else 0.0,
+        beta=options.beta if options.shrinks else 0.0,
         # A run shorter than the recipe's still has a time with the whole KL.
         kl_warmup=min(recipe.kl_warmup, epochs // 3),
-        prune_threshold=options.threshold if shrinks else None,
+        selection=options.make_selection(),
         evaluate=lambda: _test(model, data.test),
         on_epoch=folder.write_history,
         checkpoint=folder.checkpoint,

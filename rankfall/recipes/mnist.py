@@ -112,8 +112,7 @@ RECIPE = Recipe(
     _model,
     epochs=40,
     batch_size=256,
-    lr=1e-2,
-    dense_lr=1e-3,
+    lr=1e-3,
     kl_warmup=3,
     max_rank=20,
     # Seven rows, a row, seven columns, a column: the modes follow the picture.

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parameter groups with a step size that fits factors."""
+
+import math
+from typing import Any
+
+from torch import nn
+
+from rankfall._tensor import LowRankTensor, low_rank_tensors
+
+# Relative change of a reconstructed weight that one step of Adam makes, per unit of `lr`. Found by a sweep over
+# formats, orders and ranks (benchmarks/factor_steps.py).
+_CHANGE_PER_LR = 120.0
+
+
+def parameter_groups(model: nn.Module, lr: float, factor_lr: float | None = None) -> list[dict[str, Any]]:
+    """Parameter groups for any torch optimizer: factors, their log standard deviations, everything else.
+
+    Entries of a factor are larger than entries of the weight that they make, by decades for many modes, and a weight
+    is a product of n factors. Steps of Adam are of the size of the learning rate whatever the gradient is, so
+    independent steps of size `factor_lr` change the weight by
+
+        |dW| / |W|  =  factor_lr * sqrt( sum over the n factors of 1 / rms_k^2 ),   rms_k^2 = mean square of factor k
+
+    The default makes that 120 * lr for every tensor, whatever its format, order and rank: 0.12 for lr = 1e-3, the
+    habit of dense layers. Call it once the model has the weights that training starts from.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(rf.nn.Linear(64, 64, format=rf.TT(10)), nn.ReLU(), nn.Linear(64, 10))
+        >>> groups = rf.parameter_groups(model, lr=1e-3)
+        >>> [(g["name"], len(g["params"]), round(g["lr"], 3)) for g in groups]
+        [('factors', 6, 0.017), ('log stds', 6, 0.01), ('other', 3, 0.001)]
+        >>> optimizer = torch.optim.Adam(groups)
+
+    Args:
+        model: Any module.
+        lr: The step size of everything that is not a factor: biases, normalisation, dense layers.
+        factor_lr: One step size for all factors; None for the default, found for each tensor.
+
+    Returns:
+        Groups with the keys params, lr and name. Tensors that want the same step size, to two digits, share a group.
+
+    Raises:
+        ValueError: If a step size is not positive.
+    """
+    for name, value in (("lr", lr), ("factor_lr", factor_lr)):
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive, got {value}. Pass for example {name}=1e-3.")
+    factors: dict[float, list[nn.Parameter]] = {}
+    log_stds: list[nn.Parameter] = []
+    for _, tensor in low_rank_tensors(model):
+        step = factor_lr if factor_lr is not None else _fitting_step(tensor, _CHANGE_PER_LR * lr)
+        factors.setdefault(step, []).extend(tensor.factors)
+        log_stds.extend(tensor.log_stds)
+    known = {p for params in factors.values() for p in params} | set(log_stds)
+    groups = [{"params": params, "lr": step, "name": "factors"} for step, params in factors.items()]
+    groups.append({"params": log_stds, "lr": lr * _LOG_STD_FACTOR, "name": "log stds"})
+    groups.append({"params": [p for p in model.parameters() if p not in known], "lr": lr, "name": "other"})
+    return [group for group in groups if group["params"]]
+
+
+_LOG_STD_FACTOR = 10.0
+
+
+def _fitting_step(tensor: LowRankTensor, change: float) -> float:
+    """The step size that changes a tensor by the given part of its norm, to two digits."""
+    squares = [float(f.detach().square().mean()) for f in tensor.factors if f.numel()]
+    weights = sum(1 / s for s in squares if s > 0)
+    step = change / math.sqrt(weights) if weights else change
+    return float(f"{step:.1e}")

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When a training run changes its ranks, and how: policies that `rf.fit` asks after every epoch."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeAlias
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rankfall._evidence import select_ranks_
+from rankfall._ranks import check_threshold, grow_ranks_, prune_, ranks
+
+Record: TypeAlias = dict[str, Any]
+Step: TypeAlias = Literal["wait", "ask", "grow"]
+
+_COOLDOWN = 2  # Epochs after a change before the loss can say anything.
+_REST = 0.2  # The last part of a run, in which what is left settles.
+_PROMISE = 0.1  # What the rest of the run may still promise, as a part of what was learned, for a loss to be settled.
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Ranks by the evidence test (`rf.select_ranks_`), asked when the run itself says that it has settled.
+
+    A run has settled when its training loss falls by less than its sampling noise, or at a pace at which all that
+    remains of the run would lower it by less than a tenth of what it has been lowered so far. After a change it gets
+    two epochs at least; after a test that cut nothing the wait doubles. When nothing more is cut, every bond below its
+    start rank gets a slice back, without a change of the function: should an earlier cut have been one too many, the
+    next test keeps it. The last test comes at four fifths of the run; after that what is left can settle.
+
+    Example:
+        >>> Evidence()
+        Evidence(examples=2048, z=2.0, max_cut=0.5, regrow=True)
+
+    Args:
+        examples: Training examples that a test is made on; they are held in memory during the test.
+        z: As for `rf.select_ranks_`.
+        max_cut: As for `rf.select_ranks_`.
+        regrow: Whether slices are given back.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    examples: int = 2048
+    z: float = 2.0
+    max_cut: float = 0.5
+    regrow: bool = True
+
+    def __post_init__(self) -> None:
+        if self.examples < 2:
+            raise ValueError(f"Evidence: examples must be 2 or more, got {self.examples}. A few thousand are enough.")
+        if not self.z >= 0 or not 0 < self.max_cut <= 1:
+            raise ValueError(
+                f"Evidence: z must be 0 or more and max_cut above 0 and up to 1, got z={self.z} and "
+                f"max_cut={self.max_cut}."
+            )
+
+
+@dataclass(frozen=True)
+class Shrinkage:
+    """Ranks by the prior scale of slices (`rf.prune_`), after every epoch once the KL has its full weight.
+
+    Args:
+        threshold: As for `rf.prune_`.
+
+    Raises:
+        ValueError: If `threshold` is outside 0 to 1.
+    """
+
+    threshold: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_threshold(self.threshold)
+
+
+Selection: TypeAlias = Evidence | Shrinkage
+
+
+def next_step(history: Sequence[Record], epochs: int, first: int, regrow: bool = True) -> Step:
+    """What the evidence policy does after the last epoch of `history`: a pure function of the records.
+
+    Args:
+        history: Records so far, the last one of the epoch that has just ended; `nll`, `nll_error`, `ranks`, and
+            `selection` in all but the last.
+        epochs: Length of the whole run.
+        first: The first epoch with the whole KL; nothing is asked before.
+        regrow: Whether slices may be given back.
+    """
+    now, stop = len(history) - 1, math.floor(epochs * (1 - _REST))
+    events = [e for e, record in enumerate(history[:-1]) if record["selection"] != "wait"]
+    last_event = events[-1] if events else first - 1
+    kind = history[last_event]["selection"] if events else "wait"
+    if now < first or now > stop:
+        return "wait"
+    if now == stop and kind == "grow":
+        return "ask"  # Slices that were given back are judged in any case.
+    is_due = now == stop or now - last_event >= _patience(history, events)
+    if not is_due or not _settled(history, last_event, epochs):
+        return "wait"
+    if regrow and kind == "kept" and stop - now >= 4 * _COOLDOWN and _may_grow(history, events):
+        return "grow"
+    return "ask"
+
+
+def _patience(history: Sequence[Record], events: Sequence[int]) -> int:
+    """Epochs to wait after the last event, doubled for every test in a row that cut nothing."""
+    fruitless = 0
+    for e in reversed(events):
+        if history[e]["selection"] != "kept":
+            break
+        fruitless += 1
+    return _COOLDOWN * 2 ** max(fruitless - 1, 0)
+
+
+def _settled(history: Sequence[Record], last_event: int, epochs: int) -> bool:
+    recent = [record["nll"] for record in history[max(last_event, 0) :]][-_COOLDOWN - 1 :]
+    if len(recent) <= _COOLDOWN:
+        return False
+    pace = (recent[0] - recent[-1]) / _COOLDOWN
+    learned = history[0]["nll"] - min(record["nll"] for record in history)
+    return pace < history[-1]["nll_error"] or pace * (epochs - len(history)) < _PROMISE * learned
+
+
+def _may_grow(history: Sequence[Record], events: Sequence[int]) -> bool:
+    """Whether the present ranks have not been confirmed by growing from them and coming back."""
+    grown = [e for e in events if history[e]["selection"] == "grow"]
+    now = history[-1]["ranks"]
+    return now != history[0]["ranks"] and not any(history[e]["from"] == now for e in grown)
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a policy needs to know of the run that it serves."""
+
+    epochs: int
+    first: int
+    num_data: int
+    beta: float
+    sample: Callable[[int], Callable[[], Tensor]]
+
+
+def select_(
+    policy: Selection, model: nn.Module, optimizer: Optimizer, history: Sequence[Record], training: Training
+) -> Record:
+    """Does what a policy asks for after the last epoch of `history`; returns what joins its record."""
+    if isinstance(policy, Shrinkage):
+        if len(history) > training.first:
+            prune_(model, optimizer, threshold=policy.threshold)
+        return {}
+    step = next_step(history, training.epochs, training.first, policy.regrow)
+    if step == "grow":
+        before = ranks(model)
+        grow_ranks_(model, optimizer)
+        return {"selection": "grow", "from": before}
+    if step == "ask":
+        nll = training.sample(policy.examples)
+        weights = {"num_data": training.num_data, "beta": training.beta}
+        cuts = select_ranks_(model, optimizer, nll=nll, **weights, z=policy.z, max_cut=policy.max_cut)
+        return {"selection": "cut" if cuts else "kept", "cuts": [asdict(cut) for cut in cuts]}
+    return {"selection": "wait"}
