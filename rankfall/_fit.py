@@ -36,6 +36,7 @@ Record: TypeAlias = dict[str, Any]
 # How often a loss on an accelerator is looked at: every look makes the host wait for the device.
 _STEPS_BETWEEN_CHECKS = 50
 _LR = 1e-3
+_WARMUP_PART = 6
 
 
 def fit(  # noqa: PLR0913  one call with defaults is what a reference loop is for
@@ -47,7 +48,7 @@ def fit(  # noqa: PLR0913  one call with defaults is what a reference loop is fo
     num_data: int,
     optimizer: Optimizer | None = None,
     beta: float = 1.0,
-    kl_warmup: int = 5,
+    kl_warmup: int | None = None,
     selection: Selection | None = Evidence(),
     scheduler: LRScheduler | None = None,
     evaluate: Callable[[], Mapping[str, float]] | None = None,
@@ -85,6 +86,7 @@ def fit(  # noqa: PLR0913  one call with defaults is what a reference loop is fo
         optimizer: Any torch optimizer over the model's parameters; None for Adam on `rf.parameter_groups(model, 1e-3)`.
         beta: Weight of the KL; 1 is the evidence lower bound.
         kl_warmup: Epochs over which that weight rises from 0, so that the data speaks first; no cut happens in them.
+            None for a sixth of the run.
         selection: When and how ranks change: rf.Evidence(), rf.Shrinkage(threshold), or None for fixed ranks.
         scheduler: Stepped once an epoch; None for a cosine from the optimizer's learning rate to 0.
         evaluate: Called after each epoch in eval mode without gradients; what it returns joins the record.
@@ -102,6 +104,7 @@ def fit(  # noqa: PLR0913  one call with defaults is what a reference loop is fo
             checkpoint is of another run.
         ImportError: If accelerate is not installed.
     """
+    kl_warmup = epochs // _WARMUP_PART if kl_warmup is None else kl_warmup
     _check_arguments(epochs, num_data, beta, kl_warmup)
     if checkpoint is not None and not Path(checkpoint).parent.is_dir():
         raise ValueError(f"no folder {Path(checkpoint).parent} for the checkpoint. Make it first.")

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from rankfall._evidence import select_ranks_
 from rankfall._ranks import check_threshold, grow_ranks_, prune_, ranks
+from rankfall._tensor import low_rank_tensors
 
 Record: TypeAlias = dict[str, Any]
 Step: TypeAlias = Literal["wait", "ask", "grow"]
@@ -79,7 +80,7 @@ class Shrinkage:
 Selection: TypeAlias = Evidence | Shrinkage
 
 
-def next_step(history: Sequence[Record], epochs: int, first: int, regrow: bool = True) -> Step:
+def next_step(history: Sequence[Record], epochs: int, first: int, can_grow: bool) -> Step:
     """What the evidence policy does after the last epoch of `history`: a pure function of the records.
 
     Args:
@@ -87,9 +88,9 @@ def next_step(history: Sequence[Record], epochs: int, first: int, regrow: bool =
             `selection` in all but the last.
         epochs: Length of the whole run.
         first: The first epoch with the whole KL; nothing is asked before.
-        regrow: Whether slices may be given back.
+        can_grow: Whether slices may be given back, and some bond is below its start rank.
     """
-    now, stop = len(history) - 1, math.floor(epochs * (1 - _REST))
+    now, stop = len(history) - 1, min(math.floor(epochs * (1 - _REST)), epochs - 1 - _COOLDOWN)
     events = [e for e, record in enumerate(history[:-1]) if record["selection"] != "wait"]
     last_event = events[-1] if events else first - 1
     kind = history[last_event]["selection"] if events else "wait"
@@ -100,7 +101,7 @@ def next_step(history: Sequence[Record], epochs: int, first: int, regrow: bool =
     is_due = now == stop or now - last_event >= _patience(history, events)
     if not is_due or not _settled(history, last_event, epochs):
         return "wait"
-    if regrow and kind == "kept" and stop - now >= 4 * _COOLDOWN and _may_grow(history, events):
+    if can_grow and kind == "kept" and stop - now >= 4 * _COOLDOWN and _may_grow(history, events):
         return "grow"
     return "ask"
 
@@ -126,9 +127,15 @@ def _settled(history: Sequence[Record], last_event: int, epochs: int) -> bool:
 
 def _may_grow(history: Sequence[Record], events: Sequence[int]) -> bool:
     """Whether the present ranks have not been confirmed by growing from them and coming back."""
-    grown = [e for e in events if history[e]["selection"] == "grow"]
-    now = history[-1]["ranks"]
-    return now != history[0]["ranks"] and not any(history[e]["from"] == now for e in grown)
+    return all(history[e].get("from") != history[-1]["ranks"] for e in events)
+
+
+def _has_room(model: nn.Module) -> bool:
+    return any(
+        rank < tensor.format.start_ranks(tensor.layout)[bond]
+        for _, tensor in low_rank_tensors(model)
+        for bond, rank in tensor.ranks.items()
+    )
 
 
 @dataclass(frozen=True)
@@ -150,7 +157,7 @@ def select_(
         if len(history) > training.first:
             prune_(model, optimizer, threshold=policy.threshold)
         return {}
-    step = next_step(history, training.epochs, training.first, policy.regrow)
+    step = next_step(history, training.epochs, training.first, policy.regrow and _has_room(model))
     if step == "grow":
         before = ranks(model)
         grow_ranks_(model, optimizer)
