@@ -3,8 +3,11 @@
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
+import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from rankfall._formats import Layout
 from rankfall._priors import Prior, kl_of_moments
@@ -53,13 +56,57 @@ def kl_of_factors(
     hyperprior: bool = True,
 ) -> Tensor:
     """KL(q || p) at the best prior scales, in nats, with -log p(s) of the scales or without; see `LowRankTensor.kl`."""
-    squares = second_moments(means, log_stds)
-    total = squares[0].new_zeros(())
-    for moment, count in governed_moments(layout, squares).values():
-        total = total + kl_of_moments(prior, moment, count, hyperprior=hyperprior)
-    if layout.core is not None:
-        core = squares[layout.core]
-        total = total + 0.5 * core.sum() / _CORE_STD**2 + core.numel() * math.log(_CORE_STD)
-    for log_std in log_stds:
-        total = total - wide(log_std).sum() - 0.5 * log_std.numel()
-    return total
+    value: Tensor = _Divergence.apply(layout, prior, hyperprior, len(means), *means, *log_stds)  # pyright: ignore
+    return value
+
+
+class _Divergence(torch.autograd.Function):
+    """The KL with its gradient in closed form: mean / s^2, and std^2 / s^2 - 1 for a log std.
+
+    Autograd would record some thirty small operations a factor, at every step. The scales s are held fixed in the
+    gradient: at their optimum, and where they rest on their lower bound, the partial gradient is the total one.
+    """
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: FunctionCtx, layout: Layout, prior: Prior, hyperprior: bool, count: int, *parameters: Tensor
+    ) -> Tensor:
+        means, log_stds = parameters[:count], parameters[count:]
+        variances = [(2 * wide(log_std)).exp() for log_std in log_stds]
+        squares = [wide(mean).square() for mean in means]
+        squares = [s + v for s, v in zip(squares, variances, strict=True)] if variances else squares
+        governed = {bond: (moment, n) for bond, (moment, n) in governed_moments(layout, squares).items() if n}
+        value = squares[0].new_zeros(())
+        precisions: dict[int, Tensor | float] = {}
+        if governed:
+            sizes = [len(moment) for moment, _ in governed.values()]
+            moments = torch.cat([moment for moment, _ in governed.values()])
+            counts = _counts(tuple(sizes), tuple(n for _, n in governed.values()), moments.device, moments.dtype)
+            value, scales = kl_of_moments(prior, moments, counts, hyperprior=hyperprior)
+            for bond, inverse in zip(governed, scales.reciprocal().split(sizes), strict=True):
+                for k, dim in dict(layout.governs)[bond]:
+                    precisions[k] = inverse.reshape([-1 if d == dim else 1 for d in range(means[k].dim())])
+        if layout.core is not None:
+            core = squares[layout.core]
+            value = value + 0.5 * core.sum() / _CORE_STD**2 + core.numel() * math.log(_CORE_STD)
+            precisions[layout.core] = _CORE_STD**-2
+        for log_std in log_stds:
+            value = value - wide(log_std).sum() - 0.5 * log_std.numel()
+        if any(ctx.needs_input_grad):  # pyright: ignore[reportAttributeAccessIssue]
+            gradients = [mean * precisions.get(k, 0.0) for k, mean in enumerate(means)]
+            gradients += [v * precisions.get(k, 0.0) - 1 for k, v in enumerate(variances)]
+            ctx.save_for_backward(*gradients)
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        partial = ctx.saved_tensors  # pyright: ignore[reportAttributeAccessIssue]
+        return (None, None, None, None, *(gradient * p for p in partial))
+
+
+@lru_cache(maxsize=256)
+def _counts(sizes: tuple[int, ...], counts: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """How many entries each slice governs, for all bonds in a row; made once, since that waits for the device."""
+    each = [n for size, n in zip(sizes, counts, strict=True) for _ in range(size)]
+    return torch.tensor(each, device=device, dtype=dtype)

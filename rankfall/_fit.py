@@ -97,7 +97,9 @@ def fit(  # noqa: PLR0913  one call with defaults is what a reference loop is fo
         progress: Whether a progress bar is shown.
 
     Returns:
-        One record per epoch: epoch, loss, nll (mean, nats), kl (nats), lr, parameters, compression, ranks, seconds.
+        One record per epoch: epoch, loss, nll (mean, nats) and its standard error nll_error, kl (nats), lr, parameters,
+        compression, ranks, seconds. With a selection also selection_seconds, the part that it took, and with
+        rf.Evidence the selection made ("wait", "cut", "kept", "grow") and its cuts, as rf.RankChange has them.
 
     Raises:
         ValueError: If an argument is out of range, `nll` returns another shape, the loss stops being finite, or the
@@ -129,7 +131,9 @@ def fit(  # noqa: PLR0913  one call with defaults is what a reference loop is fo
             scheduler.step()
             record["ranks"] = ranks(model)
             if selection is not None and has_kl:
+                trained = time.perf_counter()
                 record |= select_(selection, model, optimizer, [*history, record], training)
+                record["selection_seconds"] = time.perf_counter() - trained
             counts = summary(model)
             record |= {"parameters": counts.parameters, "compression": counts.compression, "ranks": ranks(model)}
             record["seconds"] = time.perf_counter() - started

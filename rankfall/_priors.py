@@ -22,14 +22,14 @@ class Prior(ABC):
     """A hyperprior p(s) on the prior scale s (a standard deviation) of a slice; entries of the slice are N(0, s^2)."""
 
     @abstractmethod
-    def variance(self, moment: Tensor, count: int) -> Tensor:
+    def variance(self, moment: Tensor, count: int | Tensor) -> Tensor:
         """The prior variance s^2 that maximises the ELBO, in closed form.
 
         It solves d/dv [ 1/2 (moment/v + count log v) - log p(sqrt v) ] = 0 (Hawkins, Liu, Zhang, arXiv 2010.08689).
 
         Args:
             moment: Sum of mean^2 + std^2 over the entries that the slice governs, one number per slice, shape (rank,).
-            count: Number of those entries.
+            count: Number of those entries; one number, or one per slice.
 
         Returns:
             Variances, shape (rank,), never under the smallest scale that is followed.
@@ -49,7 +49,7 @@ class LogUniform(Prior):
         tensor([1.])
     """
 
-    def variance(self, moment: Tensor, count: int) -> Tensor:
+    def variance(self, moment: Tensor, count: int | Tensor) -> Tensor:
         """Moment / (count + 1); see `Prior.variance`."""
         return (moment / (count + 1)).clamp_min(_MIN_SCALE**2)
 
@@ -78,7 +78,7 @@ class HalfCauchy(Prior):
     def __post_init__(self) -> None:
         _check_positive("HalfCauchy", "scale", self.scale)
 
-    def variance(self, moment: Tensor, count: int) -> Tensor:
+    def variance(self, moment: Tensor, count: int | Tensor) -> Tensor:
         """The positive root of (count+2) v^2 + (count e - moment) v - moment e = 0 with e = scale^2."""
         e = self.scale**2
         b = moment - count * e
@@ -92,16 +92,21 @@ class HalfCauchy(Prior):
         return torch.log1p(variance / self.scale**2)
 
 
-def kl_of_moments(prior: Prior, moment: Tensor, count: int, *, hyperprior: bool = True) -> Tensor:
-    """The part of the KL that the prior sees, over the slices of one bond: a number, in nats.
+def kl_of_moments(
+    prior: Prior, moment: Tensor, count: int | Tensor, *, hyperprior: bool = True
+) -> tuple[Tensor, Tensor]:
+    """The part of the KL that the prior sees, over a number of slices, and the variances at which it stands.
 
-    sum over slices of 1/2 (moment / v + count log v) - log p(sqrt v), at the best variance v; the last term is left out
-    on request. v is held fixed in the gradient: at an optimum, and where it rests on its lower bound, the partial
-    gradient is the total one.
+    sum over slices of 1/2 (moment / v + count log v) - log p(sqrt v), in nats, at the best variance v; the last term is
+    left out on request. Its derivative by a moment is 1 / (2 v): at an optimum, and where v rests on its lower bound,
+    the partial derivative is the total one.
+
+    Args:
+        prior: The hyperprior.
+        moment: As for `Prior.variance`.
+        count: As for `Prior.variance`, or one number per slice.
+        hyperprior: Whether -log p(s) counts.
     """
-    if count == 0:
-        # Slices of a bond whose neighbour has rank 0 govern no entry.
-        return moment.new_zeros(())
-    variance = prior.variance(moment.detach(), count)
+    variance = prior.variance(moment, count)
     entries = 0.5 * (moment / variance + count * variance.log())
-    return (entries + prior.penalty(variance) if hyperprior else entries).sum()
+    return (entries + prior.penalty(variance) if hyperprior else entries).sum(), variance

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 import rankfall as rf
+from rankfall._divergence import kl_of_factors
 
 
 def two_layers():
@@ -22,6 +23,20 @@ def test_kl_reaches_every_factor_and_no_bias():
     rf.kl(model).backward()
     assert all(bool((p.grad != 0).any()) for p in (*model[0].weight.parameters(), *model[2].weight.parameters()))
     assert model[0].bias.grad is None
+
+
+@pytest.mark.parametrize("prior", [rf.HalfCauchy(0.5), rf.LogUniform()], ids=["half-cauchy", "log-uniform"])
+def test_the_gradient_of_the_kl_is_that_of_finite_differences(kind, prior, posterior):
+    """Scales are held fixed in the closed form; finite differences move them along."""
+    torch.manual_seed(0)
+    t = rf.LowRankTensor((4, 6), kind(2), prior=prior, posterior=posterior, dtype=torch.float64)
+    parameters = [p.detach().clone().requires_grad_() for p in t.parameters()]
+    count = len(t.factors)
+
+    def value(*values):
+        return kl_of_factors(t.layout, t.prior, values[:count], values[count:])
+
+    assert torch.autograd.gradcheck(value, parameters, eps=1e-6, atol=1e-6, rtol=1e-5)
 
 
 def test_kl_of_a_lone_tensor():
