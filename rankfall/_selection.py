@@ -33,10 +33,11 @@ class Evidence:
 
     Example:
         >>> Evidence()
-        Evidence(examples=2048, z=2.0, max_cut=0.5, regrow=True)
+        Evidence(examples=8192, z=2.0, max_cut=0.5, regrow=True)
 
     Args:
-        examples: Training examples that a test is made on; they are held in memory during the test.
+        examples: Training examples that a test is made on, held in memory during it. The more, the smaller the margin
+            for sampling error, and the smaller the model.
         z: As for `rf.select_ranks_`.
         max_cut: As for `rf.select_ranks_`.
         regrow: Whether slices are given back.
@@ -45,14 +46,14 @@ class Evidence:
         ValueError: If a number is out of range.
     """
 
-    examples: int = 2048
+    examples: int = 8192
     z: float = 2.0
     max_cut: float = 0.5
     regrow: bool = True
 
     def __post_init__(self) -> None:
         if self.examples < 2:
-            raise ValueError(f"Evidence: examples must be 2 or more, got {self.examples}. A few thousand are enough.")
+            raise ValueError(f"Evidence: examples must be 2 or more, got {self.examples}. Pass a few thousand.")
         if not self.z >= 0 or not 0 < self.max_cut <= 1:
             raise ValueError(
                 f"Evidence: z must be 0 or more and max_cut above 0 and up to 1, got z={self.z} and "

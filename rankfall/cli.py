@@ -1,23 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `rankfall train` and `rankfall plan`."""
+"""The command line: `rankfall train`, `rankfall compare` and `rankfall plan`."""
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tyro
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import nn
 
 from rankfall._costs import costs
 from rankfall._summary import summary
 from rankfall._tensorize import tensorize_
+from rankfall.recipes._compare import CompareOptions, compare
 from rankfall.recipes._options import FormatName, TrainOptions, make_format
 from rankfall.recipes._run import train
+
+_HEADS = ("start rank", "test accuracy", "test NLL", "parameters", "compression", "s/epoch first", "last", "seconds")
+_FILE_WIDTH = 160  # Columns of a table where there is no terminal.
 
 
 @dataclass(frozen=True)
@@ -41,18 +45,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: The command line without the program's name; None for the real one.
     """
     options = tyro.extras.subcommand_cli_from_dict(
-        {"train": TrainOptions, "plan": PlanOptions},
+        {"train": TrainOptions, "compare": CompareOptions, "plan": PlanOptions},
         prog="rankfall",
         description="Compact neural networks, trained end to end.",
         args=arguments,
     )
+    command, goes_on = _COMMANDS[type(options)]
     try:
-        _train(options) if isinstance(options, TrainOptions) else _plan(options)
+        command(options)
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"rankfall: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("rankfall: interrupted; the same command with --resume goes on.", file=sys.stderr)
+        print(f"rankfall: interrupted; {goes_on}.", file=sys.stderr)
         sys.exit(130)
 
 
@@ -80,6 +85,39 @@ def _results(metrics: dict[str, Any]) -> Table:
     return table
 
 
+def _compare(options: CompareOptions) -> None:
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _FILE_WIDTH
+    content = compare(options, on_run=lambda run: console.print(f"{run.method}, seed {run.seed}"))
+    console.print(_comparison(content))
+    console.print(f"compare.json and run folders: {options.path}", soft_wrap=True)
+
+
+def _comparison(content: Mapping[str, Any]) -> Table:
+    table = Table(Column("method", no_wrap=True), box=None, padding=(0, 2, 0, 0))
+    for head in _HEADS:
+        table.add_column(head, justify="right")
+    for row in content["rows"]:
+        table.add_row(
+            row["method"],
+            " ".join(dict.fromkeys(str(rank) for rank in row["max_rank"] if rank)),
+            _spread(row["test_accuracy"], ".2%"),
+            _spread(row["test_nll"], ".4f"),
+            _spread(row["parameters"], ",.0f"),
+            f"{row['compression']['mean']:.1f}x",
+            f"{row['epoch_seconds_first']['mean']:.3f}",
+            f"{row['epoch_seconds_last']['mean']:.3f}",
+            f"{row['seconds']['mean']:.1f}",
+        )
+    return table
+
+
+def _spread(figure: Mapping[str, Any], form: str) -> str:
+    middle = format(figure["mean"], form)
+    return middle if figure["std"] is None else f"{middle} ± {format(figure['std'], form)}"
+
+
 def _plan(options: PlanOptions) -> None:
     model = _make(options.target)
     print(costs(tensorize_(model, make_format(options.format, options.max_rank)), options.batch_size))
@@ -100,3 +138,11 @@ def _make(target: str) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{target!r} returned a {type(model).__name__}. It must return a torch.nn.Module.")
     return model
+
+
+# What each command does, and what an interruption of it leaves to say.
+_COMMANDS: dict[type, tuple[Callable[[Any], None], str]] = {
+    TrainOptions: (_train, "the same command with --resume goes on"),
+    CompareOptions: (_compare, "the same command goes on"),
+    PlanOptions: (_plan, "nothing was written"),
+}

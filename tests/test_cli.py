@@ -40,7 +40,7 @@ def refused(capsys, *arguments: str) -> str:
     return lines[0]
 
 
-@pytest.mark.parametrize("method", ["evidence", "shrinkage", "fixed", "dense"])
+@pytest.mark.parametrize("method", ["evidence", "shrinkage", "fixed", "compress", "dense"])
 def test_train_writes_a_whole_run_folder(capsys, method):
     main(["train", "digits", "--method", method, "--out", "run", *SHORT])
     metrics = json.loads(Path("run/metrics.json").read_text())
@@ -54,7 +54,7 @@ def test_train_writes_a_whole_run_folder(capsys, method):
     printed = capsys.readouterr().out
     assert "whole model" in printed
     assert f"{metrics['test_accuracy']:.2%}" in printed
-    model = rf.load("run/model.safetensors", _run._RECIPES["digits"].model())
+    model = rf.load("run/model.safetensors", _run.RECIPES["digits"].model())
     assert rf.summary(model).parameters == metrics["parameters"]
     assert rf.ranks(model) == metrics["ranks"]
 
@@ -106,13 +106,18 @@ def whole_run(tmp_path_factory) -> Path:
     return folder
 
 
+def kill(arguments: list[str], last: int, before: bool) -> None:
+    """Runs a command that is killed at its `last` rename of a file."""
+    program = KILLED.format(last=last, before=before) + PROGRAM
+    stopped = subprocess.run([sys.executable, "-c", program, *arguments], check=False, capture_output=True)
+    assert stopped.returncode == -signal.SIGKILL
+
+
 # The first file is config.json; then come checkpoint.pt and history.jsonl of each epoch.
 @pytest.mark.parametrize("last", [1, 2, 10, 11], ids=["config", "first checkpoint", "a checkpoint", "a history"])
 @pytest.mark.parametrize("before", [True, False], ids=["before its rename", "after its rename"])
 def test_a_killed_run_resumes_to_the_same_model(whole_run: Path, last, before):
-    killed = KILLED.format(last=last, before=before) + PROGRAM
-    stopped = subprocess.run([sys.executable, "-c", killed, *RUN, "--out", "cut"], check=False, capture_output=True)
-    assert stopped.returncode == -signal.SIGKILL
+    kill([*RUN, "--out", "cut"], last, before)
     assert not Path("cut/metrics.json").exists()
     resume = ["--resume"] if Path("cut/config.json").exists() else []
     main([*RUN, "--out", "cut", *resume])
@@ -122,6 +127,27 @@ def test_a_killed_run_resumes_to_the_same_model(whole_run: Path, last, before):
     same = ("ranks", "test_nll", "epochs", "parameters")
     assert [whole[key] for key in same] == [cut[key] for key in same]
     assert min(rank for bonds in cut["ranks"].values() for rank in bonds.values()) < 8, "no cut: a weaker test"
+
+
+# Two epochs dense, two of factors: the files are 1 config, 2-5 checkpoint and history, 6-9 the same of the factors.
+@pytest.mark.parametrize(
+    ("last", "before"),
+    [(4, False), (6, True), (8, False)],
+    ids=["dense half not recorded", "no checkpoint of factors yet", "last epoch not recorded"],
+)
+def test_a_killed_compression_resumes_to_the_same_model(last, before):
+    run = ["train", "digits", "--method", "compress", "--epochs", "4", "--limit", "300"]
+    main([*run, "--out", "whole"])
+    kill([*run, "--out", "cut"], last, before)
+    main([*run, "--out", "cut", "--resume"])
+    assert sorted(p.name for p in Path("cut").iterdir()) == sorted(p.name for p in Path("whole").iterdir())
+    assert Path("cut/model.safetensors").read_bytes() == Path("whole/model.safetensors").read_bytes()
+    whole, cut = (
+        [json.loads(line) | {"seconds": None} for line in Path(folder, "history.jsonl").read_text().splitlines()]
+        for folder in ("whole", "cut")
+    )
+    assert whole == cut
+    assert [record["epoch"] for record in whole] == [0, 1, 2, 3]
 
 
 def test_resuming_a_finished_run_reads_it(monkeypatch, capsys):
@@ -173,6 +199,8 @@ def test_resuming_with_other_options(capsys):
     ("arguments", "text"),
     [
         (["--epochs", "0"], "--epochs must be 1 or more, got 0"),
+        (["--epochs", "1", "--method", "compress"], "--epochs must be 2 or more to compress, got 1"),
+        (["--max-rank", "0", "--method", "compress"], "TTM: max_rank must be 1 or more, got 0"),
         (["--limit", "0"], "--limit must be 1 row or more, got 0"),
         (["--beta", "-1"], "--beta must be 0 or more, got -1.0"),
         (["--threshold", "1.5"], "--threshold must be from 0 up to but not including 1, got 1.5"),
@@ -226,7 +254,7 @@ def test_plan_refuses(capsys, target, text):
 
 def test_options_reach_the_model():
     options = TrainOptions("digits", format="cp", max_rank=3, prior="log-uniform", posterior="point")
-    model = _run.build_model(_run._RECIPES["digits"], options)
+    model = _run.build_model(_run.RECIPES["digits"], options)
     weight = model[0].weight
     assert (weight.format, weight.prior, weight.posterior) == (rf.CP(3), rf.LogUniform(), rf.Point())
 

@@ -26,9 +26,14 @@ class RunFolder:
         self.path = options.out or _default_path(options)
 
     @property
-    def checkpoint(self) -> Path:
-        """The state of an unfinished run."""
-        return self.path / "checkpoint.pt"
+    def config(self) -> Path:
+        """The options of a run; written first, so a folder that has it can be resumed."""
+        return self.path / "config.json"
+
+    @property
+    def history(self) -> Path:
+        """One record per epoch."""
+        return self.path / "history.jsonl"
 
     @property
     def model(self) -> Path:
@@ -51,10 +56,9 @@ class RunFolder:
             if self.path.exists() and not _is_vacant(self.path):
                 raise ValueError(f"{self.path} exists. Pass --resume to go on with it, or another --out.")
             return
-        config = self.path / "config.json"
-        if not config.is_file():
+        if not self.config.is_file():
             raise ValueError(f"no run to resume in {self.path}: it has no config.json. Leave --resume out to start it.")
-        started, now = json.loads(config.read_text()), _computed(self.options)
+        started, now = json.loads(self.config.read_text()), _computed(self.options)
         for name, value in now.items():
             if started.get(name) != value:
                 flag = "--" + name.replace("_", "-")
@@ -70,16 +74,20 @@ class RunFolder:
             if _is_leftover(entry):
                 entry.unlink()
         if not self.options.resume:
-            self.write("config.json", _computed(self.options))
+            self.write(self.config.name, _computed(self.options))
 
     def write(self, name: str, content: Mapping[str, Any]) -> None:
         """Writes one JSON file."""
         write_atomic(self.path / name, lambda p: p.write_text(json.dumps(content, indent=2) + "\n"))
 
+    def read_history(self) -> list[dict[str, Any]]:
+        """Reads history.jsonl."""
+        return [json.loads(line) for line in self.history.read_text().splitlines()]
+
     def write_history(self, history: Iterable[Mapping[str, Any]]) -> None:
         """Writes history.jsonl, one line per epoch."""
         lines = "".join(json.dumps(record) + "\n" for record in history)
-        write_atomic(self.path / "history.jsonl", lambda p: p.write_text(lines))
+        write_atomic(self.history, lambda p: p.write_text(lines))
 
 
 def _is_leftover(path: Path) -> bool:

@@ -12,7 +12,11 @@ from rankfall._posteriors import MeanField, Point, Posterior
 from rankfall._priors import HalfCauchy, LogUniform, Prior
 from rankfall._selection import Evidence, Shrinkage
 
+RecipeName: TypeAlias = Literal["digits", "mnist"]
 FormatName: TypeAlias = Literal["cp", "tucker", "tt", "ttm", "tr"]
+MethodName: TypeAlias = Literal["evidence", "shrinkage", "fixed", "compress", "dense"]
+PriorName: TypeAlias = Literal["half-cauchy", "log-uniform"]
+PosteriorName: TypeAlias = Literal["mean-field", "point"]
 _FORMATS: dict[str, type[Format]] = {"cp": CP, "tucker": Tucker, "tt": TT, "ttm": TTM, "tr": TR}
 
 
@@ -26,7 +30,7 @@ def make_format(name: FormatName, max_rank: int, modes: tuple[Modes, Modes] | No
 class TrainOptions:
     """Train a compact network on real data and write a run folder."""
 
-    recipe: tyro.conf.Positional[Literal["digits", "mnist"]]
+    recipe: tyro.conf.Positional[RecipeName]
     """What to train: digits needs nothing, mnist needs --data-dir or the Hugging Face hub."""
     data_dir: Path | None = None
     """Folder of the data set."""
@@ -34,12 +38,13 @@ class TrainOptions:
     """How the weights are held."""
     max_rank: int | None = None
     """Rank of every bond at the start, which training lowers; the recipe's own (digits 8, mnist 20) if left out."""
-    method: Literal["evidence", "shrinkage", "fixed", "dense"] = "evidence"
+    method: MethodName = "evidence"
     """evidence removes the slices that do not pay for themselves, shrinkage those of small prior scale; fixed keeps all
-    ranks and has no prior, dense is the usual net."""
-    prior: Literal["half-cauchy", "log-uniform"] = "half-cauchy"
+    ranks and has no prior, compress trains the usual net for half of the epochs, decomposes its weights at the given
+    rank and trains on, dense is the usual net."""
+    prior: PriorName = "half-cauchy"
     """Hyperprior of the prior scales."""
-    posterior: Literal["mean-field", "point"] = "mean-field"
+    posterior: PosteriorName = "mean-field"
     """mean-field learns a standard deviation for every entry; point saves that memory."""
     threshold: float = 0.1
     """shrinkage removes a slice whose scale falls under this fraction of the largest of its bond."""
@@ -60,6 +65,11 @@ class TrainOptions:
     def is_dense(self) -> bool:
         """Whether the network stays as it is."""
         return self.method == "dense"
+
+    @property
+    def starts_dense(self) -> bool:
+        """Whether training begins with the network as it is."""
+        return self.method in ("dense", "compress")
 
     @property
     def shrinks(self) -> bool:
@@ -86,6 +96,10 @@ class TrainOptions:
         """
         if self.epochs is not None and self.epochs < 1:
             raise ValueError(f"--epochs must be 1 or more, got {self.epochs}.")
+        if self.epochs == 1 and self.method == "compress":
+            raise ValueError("--epochs must be 2 or more to compress, got 1. Half of them train the dense net.")
+        if self.max_rank is not None:
+            make_format(self.format, self.max_rank)
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"--limit must be 1 row or more, got {self.limit}.")
         if not self.beta >= 0:

@@ -40,7 +40,6 @@ class Recipe:
         epochs: Passes over the data.
         batch_size: Rows per step.
         lr: Adam's step size for weights and biases; `rf.parameter_groups` finds that of factors.
-        kl_warmup: Epochs until the KL has its full weight; cuts begin then.
         max_rank: Rank of every bond at the start. The KL of all entries is shared out over the data, so few data and
             high ranks make it drown the likelihood before anything is learned.
         paired_modes: For a TT-matrix, the (out_modes, in_modes) of a layer by its path; others are chosen.
@@ -52,6 +51,5 @@ class Recipe:
     epochs: int
     batch_size: int
     lr: float
-    kl_warmup: int
     max_rank: int
     paired_modes: dict[str, tuple[Modes, Modes]]

@@ -4,7 +4,10 @@
 import json
 import random
 import resource
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +26,7 @@ from rankfall.recipes._folder import RunFolder
 from rankfall.recipes._options import TrainOptions, make_format
 from rankfall.recipes._recipe import Data, Recipe
 
-_RECIPES = {recipe.name: recipe for recipe in (digits.RECIPE, mnist.RECIPE)}
+RECIPES = {recipe.name: recipe for recipe in (digits.RECIPE, mnist.RECIPE)}
 _TEST_ROWS = 5000  # Rows per forward pass when the test set is evaluated.
 
 
@@ -44,7 +47,7 @@ def train(options: TrainOptions, *, progress: bool = True) -> tuple[RunFolder, n
     options.check()
     folder = RunFolder(options)
     folder.check()
-    recipe = _RECIPES[options.recipe]
+    recipe = RECIPES[options.recipe]
     random.seed(options.seed)
     torch.manual_seed(options.seed)
     model = build_model(recipe, options)
@@ -53,47 +56,90 @@ def train(options: TrainOptions, *, progress: bool = True) -> tuple[RunFolder, n
     data = recipe.load(options.data_dir).limited(options.limit)
     folder.open()
     history = _fit(recipe, options, model, data, folder, progress)
+    folder.write_history(history)  # A run killed between its last checkpoint and the record of it lacks that one.
     save(model, folder.model)
     metrics = _metrics(options, model, history)
     folder.write("metrics.json", metrics)
-    folder.checkpoint.unlink(missing_ok=True)
+    for phase in _phases(recipe, options):
+        (folder.path / phase.checkpoint).unlink(missing_ok=True)
     return folder, model.eval(), metrics
 
 
 def build_model(recipe: Recipe, options: TrainOptions) -> nn.Module:
-    """The recipe's network, its linear layers in the chosen format."""
+    """The recipe's network as training starts from it: dense, or its linear layers in the chosen format."""
     model = recipe.model()
-    if options.is_dense:
-        return model
+    return model if options.starts_dense else to_format(model, recipe, options)
+
+
+def to_format(model: nn.Module, recipe: Recipe, options: TrainOptions, *, from_dense: bool = False) -> nn.Module:
+    """Brings the linear layers of a recipe's network into the chosen format, in place; afresh, or as they are."""
     prior, posterior = options.make_prior(), options.make_posterior()
     rank = recipe.max_rank if options.max_rank is None else options.max_rank
+    convert = partial(tensorize_, prior=prior, posterior=posterior, from_dense=from_dense)
     special = recipe.paired_modes if options.format == "ttm" else {}
     for path, modes in special.items():
         held = make_format(options.format, rank, modes)
-        tensorize_(model, held, prior=prior, posterior=posterior, filter_fn=lambda _, p, path=path: p == path)
-    return tensorize_(model, make_format(options.format, rank), prior=prior, posterior=posterior)
+        convert(model, held, filter_fn=lambda _, p, path=path: p == path)
+    return convert(model, make_format(options.format, rank))
+
+
+@dataclass(frozen=True)
+class _Phase:
+    """A stretch of training with an optimizer of its own.
+
+    Attributes:
+        checkpoint: Name of the file that holds its state.
+        epochs: Its length.
+        prepare: Changes the model before it.
+    """
+
+    checkpoint: str
+    epochs: int
+    prepare: Callable[[nn.Module], object] = lambda model: model
+
+
+def _phases(recipe: Recipe, options: TrainOptions) -> list[_Phase]:
+    epochs = options.epochs or recipe.epochs
+    if options.method != "compress":
+        return [_Phase("checkpoint.pt", epochs)]
+    decompose = partial(to_format, recipe=recipe, options=options, from_dense=True)
+    return [
+        _Phase("checkpoint.pt", epochs - epochs // 2),
+        _Phase("checkpoint-factors.pt", epochs // 2, decompose),
+    ]
 
 
 def _fit(
     recipe: Recipe, options: TrainOptions, model: nn.Module, data: Data, folder: RunFolder, progress: bool
 ) -> list[dict[str, Any]]:
-    epochs = options.epochs or recipe.epochs
-    return fit(
-        model,
-        data.batches(recipe.batch_size),
-        _cross_entropy,
-        optimizer=torch.optim.Adam(parameter_groups(model, recipe.lr)),
-        epochs=epochs,
-        num_data=len(data.train[0]),
-        beta=options.beta if options.shrinks else 0.0,
-        # A run shorter than the recipe's still has a time with the whole KL.
-        kl_warmup=min(recipe.kl_warmup, epochs // 3),
-        selection=options.make_selection(),
-        evaluate=lambda: _test(model, data.test),
-        on_epoch=folder.write_history,
-        checkpoint=folder.checkpoint,
-        progress=progress,
-    )
+    history: list[dict[str, Any]] = []
+    for phase in _phases(recipe, options):
+        started = time.perf_counter()
+        phase.prepare(model)
+        joined = partial(_joined, history, time.perf_counter() - started)
+        records = fit(
+            model,
+            data.batches(recipe.batch_size),
+            _cross_entropy,
+            optimizer=torch.optim.Adam(parameter_groups(model, recipe.lr)),
+            epochs=phase.epochs,
+            num_data=len(data.train[0]),
+            beta=options.beta if options.shrinks else 0.0,
+            selection=options.make_selection(),
+            evaluate=lambda: _test(model, data.test),
+            on_epoch=lambda records, joined=joined: folder.write_history(joined(records)),
+            checkpoint=folder.path / phase.checkpoint,
+            progress=progress,
+        )
+        history = joined(records)
+    return history
+
+
+def _joined(before: list[dict[str, Any]], preparing: float, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records of one phase after those before it; its first epoch bears the seconds of its preparation."""
+    first, *others = records
+    after = [first | {"seconds": first["seconds"] + preparing}, *others]
+    return [*before, *(record | {"epoch": len(before) + record["epoch"]} for record in after)]
 
 
 def _cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -113,8 +159,8 @@ def _metrics(options: TrainOptions, model: nn.Module, history: list[dict[str, An
     return {
         "recipe": options.recipe,
         "format": None if options.is_dense else options.format,
-        "prior": options.prior if options.method == "shrinkage" else None,
-        "posterior": options.posterior if options.method == "shrinkage" else None,
+        "prior": options.prior if options.shrinks else None,
+        "posterior": options.posterior if options.shrinks else None,
         "method": options.method,
         "seed": options.seed,
         "epochs": len(history),

@@ -32,7 +32,6 @@ RECIPE = Recipe(
     epochs=150,
     batch_size=32,
     lr=1e-3,
-    kl_warmup=40,
     max_rank=8,
     paired_modes={},
 )

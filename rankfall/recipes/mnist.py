@@ -110,10 +110,9 @@ RECIPE = Recipe(
     "mnist",
     _load,
     _model,
-    epochs=40,
-    batch_size=256,
+    epochs=100,
+    batch_size=128,
     lr=1e-3,
-    kl_warmup=3,
     max_rank=20,
     # Seven rows, a row, seven columns, a column: the modes follow the picture.
     paired_modes={"0": ((4, 4, 8, 4), (4, 7, 4, 7))},

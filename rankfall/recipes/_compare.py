@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every method on one recipe, over several seeds, in one table."""
+
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias
+
+import tyro
+
+from rankfall._files import write_atomic
+from rankfall._summary import summary
+from rankfall.recipes._folder import RunFolder
+from rankfall.recipes._options import FormatName, MethodName, PosteriorName, PriorName, RecipeName, TrainOptions
+from rankfall.recipes._run import RECIPES, build_model, train
+
+# As the table shows them. Ranks that are given are those of the size that evidence ends at, so they come after it.
+_METHODS: tuple[MethodName, ...] = ("dense", "fixed", "compress", "shrinkage", "evidence")
+_FREE: tuple[MethodName, ...] = ("dense", "evidence", "shrinkage")
+_OF_GIVEN_RANK: tuple[MethodName, ...] = ("fixed", "compress")
+
+_FIGURES = (
+    "test_accuracy",
+    "test_nll",
+    "parameters",
+    "compression",
+    "epoch_seconds_first",
+    "epoch_seconds_last",
+    "seconds",
+)
+
+Result: TypeAlias = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """Dense, fixed rank, train-then-compress, shrinkage and evidence in one table, over several seeds.
+
+    Fixed rank and train-then-compress get the one rank at which the model is nearest in size to what evidence ended at
+    with the same seed. What is finished is read and what was interrupted is resumed, so the same command goes on.
+    """
+
+    recipe: tyro.conf.Positional[RecipeName]
+    """What to train: digits needs nothing, mnist needs --data-dir or the Hugging Face hub."""
+    data_dir: Path | None = None
+    """Folder of the data set."""
+    format: FormatName = "ttm"
+    """How the weights are held."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """One run of each method per seed."""
+    epochs: int | None = None
+    """Passes over the data; the recipe's own number if left out."""
+    limit: int | None = None
+    """Use only so many rows, for a quick trial."""
+    prior: PriorName = "half-cauchy"
+    """Hyperprior of the prior scales."""
+    posterior: PosteriorName = "mean-field"
+    """mean-field learns a standard deviation for every entry; point saves that memory."""
+    max_rank: int | None = None
+    """Rank of every bond at the start of shrinkage and evidence; the recipe's own (digits 8, mnist 20) if left out."""
+    beta: float = 1.0
+    """Weight of the KL; 1 is the evidence lower bound."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Folder of the run folders METHOD-seedN and of compare.json; runs/compare-RECIPE-FORMAT if left out."""
+
+    @property
+    def path(self) -> Path:
+        """The folder of all runs."""
+        return self.out or Path("runs") / f"compare-{self.recipe}-{self.format}"
+
+    def run(self, method: MethodName, seed: int, max_rank: int | None = None) -> TrainOptions:
+        """The options of one run, which goes on if it was started; `max_rank` None is that of the comparison."""
+        options = TrainOptions(
+            recipe=self.recipe,
+            data_dir=self.data_dir,
+            format=self.format,
+            max_rank=self.max_rank if max_rank is None else max_rank,
+            method=method,
+            prior=self.prior,
+            posterior=self.posterior,
+            beta=self.beta,
+            epochs=self.epochs,
+            seed=seed,
+            limit=self.limit,
+            out=self.path / f"{method}-seed{seed}",
+        )
+        return replace(options, resume=RunFolder(options).config.is_file())
+
+    def check(self) -> None:
+        """Refuses what argument types let through, and run folders that were started with other options.
+
+        Raises:
+            ValueError: If there are no seeds or a seed comes twice, a number is out of range, or a folder is taken.
+        """
+        if not self.seeds:
+            raise ValueError("--seeds must be one seed or more, got none. Pass for example --seeds 0 1 2.")
+        if len(set(self.seeds)) < len(self.seeds):
+            came = " ".join(map(str, self.seeds))
+            raise ValueError(f"--seeds must differ from each other, got {came}. A seed gives the same run each time.")
+        for method in _METHODS:
+            self.run(method, self.seeds[0]).check()
+        for method in _FREE:
+            for seed in self.seeds:
+                RunFolder(self.run(method, seed)).check()
+
+
+def compare(
+    options: CompareOptions, *, on_run: Callable[[TrainOptions], object] = lambda _: None, progress: bool = True
+) -> dict[str, Any]:
+    """Runs what is left of a comparison, one run after the other, and writes compare.json.
+
+    Args:
+        options: The choices of the comparison.
+        on_run: Called with the options of each run before it, also of one that is only read.
+        progress: Whether each run shows a progress bar.
+
+    Returns:
+        The content of compare.json: the options and one row per method. A figure of a row has `mean`, `std` (None for
+        one seed) and `values`, one per seed.
+
+    Raises:
+        ValueError: If an option is out of range, data is damaged, or a folder is taken or of other options.
+        FileNotFoundError: If data is missing.
+    """
+    options.check()
+
+    def finish(run: TrainOptions) -> Result:
+        on_run(run)
+        folder, _, metrics = train(run, progress=progress)
+        return metrics | {"max_rank": _start_rank(run)} | _epoch_seconds(folder.read_history())
+
+    results: dict[MethodName, list[Result]] = {method: [] for method in _METHODS}
+    for seed in options.seeds:
+        for method in _FREE:
+            results[method].append(finish(options.run(method, seed)))
+        rank = rank_of_size(options.run("fixed", seed), results["evidence"][-1]["parameters"])
+        for method in _OF_GIVEN_RANK:
+            results[method].append(finish(options.run(method, seed, rank)))
+    content = _content(options, results)
+    write_atomic(options.path / "compare.json", lambda p: p.write_text(json.dumps(content, indent=2) + "\n"))
+    return content
+
+
+def rank_of_size(run: TrainOptions, parameters: int) -> int:
+    """The one rank of all bonds, up to that of a run, at which the whole model is nearest to a number of parameters."""
+    recipe = RECIPES[run.recipe]
+    most = recipe.max_rank if run.max_rank is None else run.max_rank
+
+    def distance(rank: int) -> int:
+        return abs(summary(build_model(recipe, replace(run, max_rank=rank))).parameters - parameters)
+
+    return min(range(1, most + 1), key=distance)
+
+
+def _start_rank(run: TrainOptions) -> int | None:
+    if run.is_dense:
+        return None
+    return RECIPES[run.recipe].max_rank if run.max_rank is None else run.max_rank
+
+
+def _epoch_seconds(history: Sequence[Mapping[str, Any]]) -> Result:
+    seconds = [record["seconds"] for record in history]
+    return {
+        "epoch_seconds_first": statistics.median(seconds[:3]),
+        "epoch_seconds_last": statistics.median(seconds[-3:]),
+    }
+
+
+def _content(options: CompareOptions, results: Mapping[MethodName, Sequence[Result]]) -> dict[str, Any]:
+    names = ("recipe", "format", "prior", "posterior", "beta", "limit")
+    return {
+        **{name: getattr(options, name) for name in names},
+        "epochs": results["dense"][0]["epochs"],
+        "seeds": list(options.seeds),
+        "rows": [_row(method, results[method]) for method in _METHODS],
+    }
+
+
+def _row(method: MethodName, results: Sequence[Result]) -> dict[str, Any]:
+    ranks = [result["max_rank"] for result in results]
+    return {"method": method, "max_rank": ranks, **{name: _spread([r[name] for r in results]) for name in _FIGURES}}
+
+
+def _spread(values: list[float]) -> dict[str, Any]:
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.mean(values), "std": std, "values": values}
