@@ -79,15 +79,16 @@ def select_ranks_(
 ) -> list[RankChange]:
     """Removes the slices without which the evidence lower bound is higher, in place: no threshold, no rank to pick.
 
-    Each low-rank tensor is brought into canonical form (`rf.canonicalize_`), then its bonds are tried in turn. The
-    weakest slices S of a bond go if
+    The slices of each low-rank tensor are made orthogonal and sorted, then its bonds are tried in turn. The weakest
+    slices S of a bond go if
 
         num_data * ( mean(d) + z * std(d) / sqrt(n) )  <  beta * saved(S),   d_i = nll_i(without S) - nll_i(with S)
 
-    where saved(S) is the fall of the KL with rf.MeanField, and 1/2 log(num_data) per removed parameter (Laplace) with
-    rf.Point. The number of slices is found by bisection, in about log2 of the rank evaluations of `nll`. For CP, whose
-    slices may cancel, the candidate is the best CP tensor of the smaller rank (least squares on Gram matrices; the
-    weight is never formed). A tensor that loses nothing stays as it was, bit for bit.
+    where saved(S) is the fall of the KL of entries with rf.MeanField, and 1/2 log(num_data) per removed parameter
+    (Laplace) with rf.Point. The number of slices is found by bisection, in about log2 of the rank evaluations of `nll`.
+    For CP and the ring, whose slices overlap, the candidate is the best tensor of the smaller rank (least squares on
+    Gram matrices; the weight is never formed). All cuts of a tensor together have to pay for what turning its slices
+    costs the KL. A tensor that loses nothing stays as it was, bit for bit.
 
     Call it between steps, once the training loss has settled: a model that has not learned yet is cut too far.
 

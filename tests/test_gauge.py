@@ -211,3 +211,41 @@ def test_only_low_rank_tensors_and_only_finite_ones():
     with pytest.raises(ValueError, match=r"'1' has factors that are NaN or infinite. Go back to a checkpoint"):
         rf.canonicalize_(model)
     assert all(torch.equal(p, old) for p, old in zip(model[0].parameters(), before, strict=True))
+
+
+def root_mean_squares(t):
+    return torch.stack([f.detach().square().mean().sqrt() for f in t.factors])
+
+
+def test_factors_end_alike_in_size_so_that_one_step_size_fits_them(kind, prior):
+    for posterior in (rf.Point(), rf.MeanField()):
+        t = tensor_of(kind, posterior, prior)
+        with torch.no_grad():
+            t.factors[0].mul_(1e-3)
+        t.align_()
+        sizes = root_mean_squares(t)
+        assert float(sizes.max() / sizes.min()) < 1 + 1e-9
+
+
+def test_aligning_keeps_the_tensor_whatever_the_kl_says(kind, posterior):
+    t = tensor_of(kind, posterior)
+    before = t.dense().detach()
+    t.align_()
+    assert change(before, t.dense()) < 1e-12
+    for bond in t.ranks if kind in (rf.TT, rf.TTM) else ():
+        strengths = t.strengths(bond)
+        assert torch.equal(strengths, strengths.sort(descending=True).values)
+
+
+def test_a_dead_slice_is_no_place_for_tiny_beside_huge_entries(kind, prior):
+    """With variances a dead slice could be made free of charge by moving all of its scale to one side."""
+    t = tensor_of(kind, rf.MeanField(), prior)
+    bond = next(iter(t.ranks))
+    with torch.no_grad():
+        for k, dim in t.layout.places(bond):
+            t.factors[k].select(dim, 0).mul_(1e-12)
+    for _ in range(3):
+        t.canonicalize_()
+    stds = [float(s.detach().exp().max()) for s in t.log_stds]
+    means = [float(f.detach().abs().max()) for f in t.factors]
+    assert max(stds) < 50 * max(means)
