@@ -64,7 +64,7 @@ def canonical(
     # Without variances the KL falls without end as a slice's scale moves from the factor that its bond governs to the
     # next one, so the even split of the rotation stays. CP is safe: its bond governs all factors.
     if start.variances or isinstance(format, CP):
-        found = [_balanced(gauge, prior) for gauge in (*found, start)]
+        found = [_balanced(_equalised(gauge), prior) for gauge in (*found, start)]
     # The fixed prior of a core sees its size, so with variances sizes stay where the KL has put them.
     if layout.core is None or not start.variances:
         found = [_equalised(gauge) for gauge in found]

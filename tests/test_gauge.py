@@ -237,15 +237,15 @@ def test_aligning_keeps_the_tensor_whatever_the_kl_says(kind, posterior):
         assert torch.equal(strengths, strengths.sort(descending=True).values)
 
 
-def test_a_dead_slice_is_no_place_for_tiny_beside_huge_entries(kind, prior):
-    """With variances a dead slice could be made free of charge by moving all of its scale to one side."""
+def test_no_factor_runs_off_where_the_kl_would_let_it(kind, prior):
+    """Under a log-uniform hyperprior the KL of a bond falls for ever as all its scales move to one side."""
     t = tensor_of(kind, rf.MeanField(), prior)
-    bond = next(iter(t.ranks))
     with torch.no_grad():
-        for k, dim in t.layout.places(bond):
-            t.factors[k].select(dim, 0).mul_(1e-12)
+        for bond in t.ranks:
+            for k, dim in t.layout.places(bond):
+                t.factors[k].select(dim, 0).mul_(1e-12)
     for _ in range(3):
         t.canonicalize_()
-    stds = [float(s.detach().exp().max()) for s in t.log_stds]
-    means = [float(f.detach().abs().max()) for f in t.factors]
-    assert max(stds) < 50 * max(means)
+    sizes = root_mean_squares(t)
+    # The core of Tucker is drawn to the size of its fixed prior, 10, but only so far.
+    assert float(sizes.max() / sizes.min()) < (300 if kind is rf.Tucker else 1 + 1e-9)
