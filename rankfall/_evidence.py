@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -85,10 +86,11 @@ def select_ranks_(
         num_data * ( mean(d) + z * std(d) / sqrt(n) )  <  beta * saved(S),   d_i = nll_i(without S) - nll_i(with S)
 
     where saved(S) is the fall of the KL of entries with rf.MeanField, and 1/2 log(num_data) per removed parameter
-    (Laplace) with rf.Point. The number of slices is found by bisection, in about log2 of the rank evaluations of `nll`.
-    For CP and the ring, whose slices overlap, the candidate is the best tensor of the smaller rank (least squares on
-    Gram matrices; the weight is never formed). All cuts of a tensor together have to pay for what turning its slices
-    costs the KL. A tensor that loses nothing stays as it was, bit for bit.
+    (Laplace) with rf.Point. Of the ranks that pass, the one with the largest gain is taken, found by bisection in at
+    most about 2 log2 of the rank evaluations of `nll`. For CP and the ring, whose slices overlap, the candidate is the
+    best tensor of the smaller rank (least squares on Gram matrices; the weight is never formed). All cuts of a tensor
+    together have to pay for what turning its slices costs the KL. A tensor that loses nothing stays as it was, bit for
+    bit.
 
     Call it between steps, once the training loss has settled: a model that has not learned yet is cut too far.
 
@@ -173,7 +175,7 @@ def _select(tensor: LowRankTensor, name: str, test: _Test, base: Tensor, max_cut
     with _trying(tensor):
         tensor.align_()
         for bond, rank in tensor.ranks.items():
-            after, cost, saved = _smallest_rank(tensor, bond, test, base, rank - math.floor(rank * max_cut))
+            after, cost, saved = _best_rank(tensor, bond, test, base, rank - math.floor(rank * max_cut))
             if after < rank:
                 found.append(RankChange(name, bond, rank, after, cost, saved))
                 _reduce(tensor, bond, after, None)
@@ -183,23 +185,38 @@ def _select(tensor: LowRankTensor, name: str, test: _Test, base: Tensor, max_cut
     return found if saved > sum(change.nll_cost for change in found) else []
 
 
-def _smallest_rank(tensor: LowRankTensor, bond: str, test: _Test, base: Tensor, least: int) -> tuple[int, float, float]:
-    """The smallest rank that passes the test, by bisection between `least` and the present rank."""
-    worth, best = _worth(tensor, test), (tensor.ranks[bond], 0.0, 0.0)
-    low, high = least, tensor.ranks[bond] - 1
-    # Most bonds lose nothing, so a single slice is tried first; bisection follows only if that passes.
-    middle = high
-    while low <= high:
+def _best_rank(tensor: LowRankTensor, bond: str, test: _Test, base: Tensor, least: int) -> tuple[int, float, float]:
+    """The rank at which saved - cost is largest, from `least` to the present one, by bisection on its slope.
+
+    The smallest rank that still passes would be too small: a slice that is worth keeping could go on the account of
+    worthless ones that go with it.
+    """
+    worth, rank = _worth(tensor, test), tensor.ranks[bond]
+
+    @cache
+    def weigh(candidate: int) -> tuple[float, float]:
+        """(cost, saved) of a smaller rank."""
+        if candidate == rank:
+            return 0.0, 0.0
         with _trying(tensor):
-            _reduce(tensor, bond, middle, None)
-            saved = test.beta * (worth - _worth(tensor, test))
-            cost = test.cost(base)
-        if cost < saved:
-            best, high = (middle, cost, saved), middle - 1
+            _reduce(tensor, bond, candidate, None)
+            return test.cost(base), test.beta * (worth - _worth(tensor, test))
+
+    def gain(candidate: int) -> float:
+        cost, saved = weigh(candidate)
+        return saved - cost
+
+    # Most bonds lose nothing, so a single slice is tried first; bisection follows only if that pays.
+    if least >= rank or not gain(rank - 1) > 0:
+        return rank, 0.0, 0.0
+    low, high = least, rank - 1
+    while low < high:
+        middle = (low + high) // 2
+        if gain(middle) > gain(middle + 1):
+            high = middle
         else:
             low = middle + 1
-        middle = (low + high) // 2
-    return best
+    return high, *weigh(high)
 
 
 def _worth(tensor: LowRankTensor, test: _Test) -> float:

@@ -86,8 +86,8 @@ def canonicalize_(model: M, optimizer: Optimizer | None = None) -> M:
     TT-matrix, Tucker; the ring bond by bond; CP keeps its slices), then the scale of each slice is split between the
     factors that bear it: with rf.MeanField, and for CP, by a small minimisation of the KL under the model's own prior;
     otherwise evenly, since with rf.Point moving a slice to one side lowers the KL without end. Scales stay within two
-    e-folds of an even split, and factors as a whole get the same root mean square, so that one step size goes on fitting
-    them (not the core of Tucker with rf.MeanField, whose prior is fixed). All of it in float64.
+    e-folds of an even split, and factors as a whole get the same root mean square, so that one step size fits them all
+    (not the core of Tucker with rf.MeanField, whose prior is fixed). All of it in float64.
 
     Means are exact, so the function at the posterior mean stays. Standard deviations of rf.MeanField are carried
     through the same maps with correlations dropped. Where that costs more than the rotation saves, only the scales

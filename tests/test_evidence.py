@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import rankfall as rf
+from rankfall import _evidence
 
 N, NOISE = 2000, 0.1
 
@@ -148,6 +149,24 @@ def test_what_loses_nothing_stays_bit_for_bit(kind, posterior):
     assert layer.weight.training
 
 
+def test_the_best_rank_is_taken_not_the_smallest_that_passes():
+    """A slice that is worth keeping does not go on the account of worthless ones."""
+    gains = {7: 100.0, 6: 200.0, 5: 300.0, 4: 50.0, 3: -900.0}  # By the rank that is left of 8.
+    tensor = rf.LowRankTensor((16, 16), rf.TTM(8), posterior=rf.Point())
+    entries = 2 * 16
+    saved = {rank: 0.5 * math.log(N) * entries * (8 - rank) for rank in gains}
+
+    class Costs:
+        num_data, beta = N, 1.0
+
+        def cost(self, _):
+            rank = tensor.ranks["r1"]
+            return saved[rank] - gains[rank]
+
+    assert _evidence._best_rank(tensor, "r1", Costs(), None, 3) == (5, saved[5] - 300.0, pytest.approx(saved[5]))
+    assert tensor.ranks == {"r1": 8}
+
+
 def test_few_evaluations_are_enough():
     teacher = Teacher(rf.TTM, 2, 10, rf.Point())
     teacher.train(15)
@@ -155,8 +174,8 @@ def test_few_evaluations_are_enough():
         teacher.calls = 0
         rank = teacher.layer.weight.ranks["r1"]
         teacher.select()
-        # The base, its renewal after a cut, and a bisection of half of the bond.
-        assert teacher.calls <= 3 + 2 * math.log2(rank)
+        # The base, its renewal after a cut, a single slice, and a bisection of half of the bond, two to each slope.
+        assert teacher.calls <= 4 + 2 * math.log2(rank)
 
 
 def test_at_most_the_given_part_of_a_bond_goes():
