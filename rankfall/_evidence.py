@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch.optim import Optimizer
 
 from rankfall._elbo import check_weights
 from rankfall._formats import CP, TR
-from rankfall._tensor import LowRankTensor, finite_tensors, layer_path
+from rankfall._tensor import LowRankTensor, finite_tensors, layer_path, low_rank_tensors
 
 PerExampleNLL = Callable[[], Tensor]
 
@@ -62,10 +63,13 @@ class _Test:
             )
         return values.double()
 
-    def cost(self, base: Tensor) -> float:
+    def cost(self, base: Tensor) -> tuple[float, float]:
+        """(expected, upper bound) of what the data lose against `base`, over all of `num_data`, in nats."""
         d = self.nll().double() - base
-        bound = self.num_data * float(d.mean() + self.z * d.std() / math.sqrt(len(d)))
-        return bound if math.isfinite(bound) else math.inf
+        expected, error = float(d.mean()), float(d.std()) / math.sqrt(len(d))
+        if not math.isfinite(expected + error):
+            return math.inf, math.inf
+        return self.num_data * expected, self.num_data * (expected + self.z * error)
 
 
 def select_ranks_(
@@ -86,11 +90,11 @@ def select_ranks_(
         num_data * ( mean(d) + z * std(d) / sqrt(n) )  <  beta * saved(S),   d_i = nll_i(without S) - nll_i(with S)
 
     where saved(S) is the fall of the KL of entries with rf.MeanField, and 1/2 log(num_data) per removed parameter
-    (Laplace) with rf.Point. Of the ranks that pass, the one with the largest gain is taken, found by bisection in at
-    most about 2 log2 of the rank evaluations of `nll`. For CP and the ring, whose slices overlap, the candidate is the
-    best tensor of the smaller rank (least squares on Gram matrices; the weight is never formed). All cuts of a tensor
-    together have to pay for what turning its slices costs the KL. A tensor that loses nothing stays as it was, bit for
-    bit.
+    (Laplace) with rf.Point. A bond goes to the rank at which saved(S) - num_data * mean(d) is largest, if that passes;
+    it is found by bisection in at most about 2 log2 of the rank evaluations of `nll`. For CP and the ring, whose slices
+    overlap, the candidate is the best tensor of the smaller rank (least squares on Gram matrices; the weight is never
+    formed). All cuts of a tensor together have to pay for what turning its slices costs the KL. A tensor that loses
+    nothing stays as it was, bit for bit.
 
     Call it between steps, once the training loss has settled: a model that has not learned yet is cut too far.
 
@@ -117,7 +121,7 @@ def select_ranks_(
         num_data: Size of the training set.
         beta: Weight of the KL, as in training.
         z: How many standard errors the loss of likelihood is taken to be worse than measured. Raise it to cut less.
-        max_cut: The largest part of a bond that one call may remove, above 0 and up to 1.
+        max_cut: The largest part of a bond that one call may remove, above 0 and up to 1; a single slice may always go.
 
     Returns:
         What was cut and why, in nats; empty if nothing was.
@@ -126,21 +130,58 @@ def select_ranks_(
         ValueError: If an argument is out of range, `nll` returns something else, or a factor is not finite. Nothing
             has changed then.
     """
+    return search_ranks_(model, optimizer, nll=nll, num_data=num_data, beta=beta, z=z, max_cut=max_cut)[0]
+
+
+def search_ranks_(
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    *,
+    nll: PerExampleNLL,
+    num_data: int,
+    beta: float,
+    z: float,
+    max_cut: float,
+) -> tuple[list[RankChange], list[RankChange]]:
+    """`select_ranks_`, and what nearly passed: of every other bond its best cut, with the cost that is expected."""
     check_weights(num_data, beta)
     if not z >= 0 or not 0 < max_cut <= 1:
         raise ValueError(f"z must be 0 or more and max_cut above 0 and up to 1, got z={z} and max_cut={max_cut}.")
     tensors = finite_tensors(model, "select ranks of")
     test = _Test(nll, num_data, beta, z)
     changes: list[RankChange] = []
+    misses: list[RankChange] = []
     with torch.no_grad(), _evaluating(model):
         base = test.per_example()
         for path, tensor in tensors:
-            found = _select(tensor, layer_path(path), test, base, max_cut)
+            found, missed = _select(tensor, layer_path(path), test, base, max_cut)
             if found:
                 _apply(tensor, found, optimizer)
                 base = test.per_example()
             changes += found
-    return changes
+            misses += missed
+    return changes, misses
+
+
+def apply_(model: nn.Module, optimizer: Optimizer, change: RankChange) -> None:
+    """Carries out a change that `search_ranks_` has found."""
+    with torch.no_grad():
+        _apply(_tensor_of(model, change), [change], optimizer)
+
+
+def undo_(model: nn.Module, optimizer: Optimizer, change: RankChange) -> None:
+    """Gives a bond its slices back, without a change of the function."""
+    _tensor_of(model, change).grow_slices_(change.bond, change.before - change.after, optimizer)
+
+
+def _tensor_of(model: nn.Module, change: RankChange) -> LowRankTensor:
+    return next(tensor for path, tensor in finite_tensors(model, "cut") if layer_path(path) == change.name)
+
+
+def prior_side(model: nn.Module, num_data: int, beta: float) -> float:
+    """What all low-rank tensors cost apart from the data, in nats: their side of the evidence test."""
+    with torch.no_grad():
+        return sum(beta * _worth(tensor, num_data) for _, tensor in low_rank_tensors(model))
 
 
 @contextmanager
@@ -170,60 +211,73 @@ def _trying(tensor: LowRankTensor) -> Iterator[None]:
             p.grad = grad
 
 
-def _select(tensor: LowRankTensor, name: str, test: _Test, base: Tensor, max_cut: float) -> list[RankChange]:
-    found, before = [], _worth(tensor, test)
+def _select(
+    tensor: LowRankTensor, name: str, test: _Test, base: Tensor, max_cut: float
+) -> tuple[list[RankChange], list[RankChange]]:
+    """(cuts that pass, the others at their expected cost)."""
+    found: list[RankChange] = []
+    missed: list[RankChange] = []
+    before = _worth(tensor, test.num_data)
     with _trying(tensor):
         tensor.align_()
         for bond, rank in tensor.ranks.items():
-            after, cost, saved = _best_rank(tensor, bond, test, base, rank - math.floor(rank * max_cut))
-            if after < rank:
-                found.append(RankChange(name, bond, rank, after, cost, saved))
-                _reduce(tensor, bond, after, None)
+            if rank == 0:
+                continue
+            best = _best_rank(tensor, bond, test, base, rank - max(1, math.floor(rank * max_cut)))
+            if best.bound < best.saved:
+                found.append(RankChange(name, bond, rank, best.rank, best.bound, best.saved))
+                _reduce(tensor, bond, best.rank, None)
                 base = test.per_example()
+            else:
+                missed.append(RankChange(name, bond, rank, best.rank, best.cost, best.saved))
         # Turning the slices has its price, since correlations of the posterior are dropped; cuts have to bear it too.
-        saved = test.beta * (before - _worth(tensor, test))
-    return found if saved > sum(change.nll_cost for change in found) else []
+        saved = test.beta * (before - _worth(tensor, test.num_data))
+    return (found if saved > sum(change.nll_cost for change in found) else []), missed
 
 
-def _best_rank(tensor: LowRankTensor, bond: str, test: _Test, base: Tensor, least: int) -> tuple[int, float, float]:
-    """The rank at which saved - cost is largest, from `least` to the present one, by bisection on its slope.
+class _Weighed(NamedTuple):
+    rank: int
+    cost: float
+    bound: float
+    saved: float
 
-    The smallest rank that still passes would be too small: a slice that is worth keeping could go on the account of
+
+def _best_rank(tensor: LowRankTensor, bond: str, test: _Test, base: Tensor, least: int) -> _Weighed:
+    """The rank, from `least` to one below the present, at which saved - cost is expected to be largest, by bisection.
+
+    The smallest rank that passes would be too small: a slice that is worth keeping could go on the account of
     worthless ones that go with it.
     """
-    worth, rank = _worth(tensor, test), tensor.ranks[bond]
+    worth, rank = _worth(tensor, test.num_data), tensor.ranks[bond]
 
     @cache
-    def weigh(candidate: int) -> tuple[float, float]:
-        """(cost, saved) of a smaller rank."""
-        if candidate == rank:
-            return 0.0, 0.0
+    def weigh(candidate: int) -> _Weighed:
         with _trying(tensor):
             _reduce(tensor, bond, candidate, None)
-            return test.cost(base), test.beta * (worth - _worth(tensor, test))
+            saved = test.beta * (worth - _worth(tensor, test.num_data))
+            return _Weighed(candidate, *test.cost(base), saved)
 
     def gain(candidate: int) -> float:
-        cost, saved = weigh(candidate)
-        return saved - cost
+        return weigh(candidate).saved - weigh(candidate).cost
 
     # Most bonds lose nothing, so a single slice is tried first; bisection follows only if that pays.
-    if least >= rank or not gain(rank - 1) > 0:
-        return rank, 0.0, 0.0
     low, high = least, rank - 1
+    if not gain(high) > 0:
+        return weigh(high)
     while low < high:
         middle = (low + high) // 2
         if gain(middle) > gain(middle + 1):
             high = middle
         else:
             low = middle + 1
-    return high, *weigh(high)
+    return weigh(high)
 
 
-def _worth(tensor: LowRankTensor, test: _Test) -> float:
+def _worth(tensor: LowRankTensor, num_data: int) -> float:
     """What the prior side charges for a tensor, in nats."""
     if len(tensor.log_stds):
         return tensor.entry_kl()
-    return 0.5 * math.log(test.num_data) * sum(f.numel() for f in tensor.factors)
+    return 0.5 * math.log(num_data) * sum(f.numel() for f in tensor.factors)
 
 
 def _reduce(tensor: LowRankTensor, bond: str, rank: int, optimizer: Optimizer | None) -> None:

@@ -9,15 +9,19 @@ from typing import Any, Literal, TypeAlias
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rankfall._evidence import select_ranks_
+from rankfall._evidence import RankChange, apply_, prior_side, search_ranks_, undo_
 from rankfall._ranks import check_threshold, grow_ranks_, prune_, ranks
 from rankfall._tensor import low_rank_tensors
 
 Record: TypeAlias = dict[str, Any]
-Step: TypeAlias = Literal["wait", "ask", "grow"]
+Step: TypeAlias = Literal["wait", "ask", "grow", "judge"]
 
 _COOLDOWN = 2  # Epochs after a change before the loss can say anything.
+_TRIAL = 4  # Epochs in which the slices that stay may take over from those that are gone on trial.
 _REST = 0.2  # The last part of a run, in which what is left settles.
+_HOPE = (
+    2.0  # A cut is tried if it costs up to so many times what it saves: the slices that stay may take over the rest.
+)
 _PROMISE = 0.1  # What the rest of the run may still promise, as a part of what was learned, for a loss to be settled.
 
 
@@ -27,9 +31,15 @@ class Evidence:
 
     A run has settled when its training loss falls by less than its sampling noise, or at a pace at which all that
     remains of the run would lower it by less than a tenth of what it has been lowered so far. After a change it gets
-    two epochs at least; after a test that cut nothing the wait doubles. When nothing more is cut, every bond below its
-    start rank gets a slice back, without a change of the function: should an earlier cut have been one too many, the
-    next test keeps it. The last test comes at four fifths of the run; after that what is left can settle.
+    two epochs at least; after a test that cut nothing the wait doubles. The last test comes at four fifths of the run;
+    after that what is left can settle.
+
+    The test knows what a cut costs at once, not what training wins back. So when it cuts nothing, the cut that came
+    nearest to paying is tried, if it costs less than twice what it saves. Four epochs later the same criterion is put
+    to the run itself: if the data have lost more than the prior side has gained, against the course that the run was
+    on, the bond gets its slices back, without a change of the function. When no trial is left either, every bond below
+    its start rank gets a slice back in the same way: should an earlier cut have been one too many, the next test keeps
+    it.
 
     Example:
         >>> Evidence()
@@ -40,7 +50,7 @@ class Evidence:
             for sampling error, and the smaller the model.
         z: As for `rf.select_ranks_`.
         max_cut: As for `rf.select_ranks_`.
-        regrow: Whether slices are given back.
+        regrow: Whether slices are given back; without it no cut is tried either.
 
     Raises:
         ValueError: If a number is out of range.
@@ -91,20 +101,26 @@ def next_step(history: Sequence[Record], epochs: int, first: int, can_grow: bool
         first: The first epoch with the whole KL; nothing is asked before.
         can_grow: Whether slices may be given back, and some bond is below its start rank.
     """
-    now, stop = len(history) - 1, min(math.floor(epochs * (1 - _REST)), epochs - 1 - _COOLDOWN)
+    now, stop = len(history) - 1, _last_test(epochs)
     events = [e for e, record in enumerate(history[:-1]) if record["selection"] != "wait"]
     last_event = events[-1] if events else first - 1
     kind = history[last_event]["selection"] if events else "wait"
     if now < first or now > stop:
         return "wait"
-    if now == stop and kind == "grow":
-        return "ask"  # Slices that were given back are judged in any case.
-    is_due = now == stop or now - last_event >= _patience(history, events)
-    if not is_due or not _settled(history, last_event, epochs):
+    if now == stop and kind in ("grow", "try"):  # What was given back, or taken on trial, is judged in any case.
+        return "ask" if kind == "grow" else "judge"
+    wait = _TRIAL if kind == "try" else _patience(history, events)
+    if (now < stop and now - last_event < wait) or not _settled(history, last_event, epochs):
         return "wait"
+    if kind == "try":
+        return "judge"
     if can_grow and kind == "kept" and stop - now >= 4 * _COOLDOWN and _may_grow(history, events):
         return "grow"
     return "ask"
+
+
+def _last_test(epochs: int) -> int:
+    return min(math.floor(epochs * (1 - _REST)), epochs - 1 - _COOLDOWN)
 
 
 def _patience(history: Sequence[Record], events: Sequence[int]) -> int:
@@ -128,7 +144,35 @@ def _settled(history: Sequence[Record], last_event: int, epochs: int) -> bool:
 
 def _may_grow(history: Sequence[Record], events: Sequence[int]) -> bool:
     """Whether the present ranks have not been confirmed by growing from them and coming back."""
-    return all(history[e].get("from") != history[-1]["ranks"] for e in events)
+    grown = (history[e]["from"] for e in events if history[e]["selection"] == "grow")
+    return all(before != history[-1]["ranks"] for before in grown)
+
+
+def has_paid(history: Sequence[Record], prior_side: float, num_data: int) -> bool:
+    """Whether the run is better off, in evidence, than without the cut that it last tried; pure as well.
+
+    Without it the data are taken to have gone on as in the two epochs before, so that what training wins anyhow is
+    not put down to the cut.
+
+    Args:
+        history: Records so far, the last one of the epoch that has just ended.
+        prior_side: What the low-rank tensors cost apart from the data now, in nats.
+        num_data: Size of the training set.
+    """
+    tried = max(e for e, record in enumerate(history[:-1]) if record["selection"] == "try")
+    nll = [record["nll"] for record in history]
+    pace = max(nll[max(tried - _COOLDOWN, 0)] - nll[tried], 0) / _COOLDOWN
+    expected = nll[tried] - pace * (len(history) - 1 - tried)
+    return num_data * (nll[-1] - expected) < history[tried]["prior_side"] - prior_side
+
+
+def trial(history: Sequence[Record], misses: Sequence[RankChange]) -> RankChange | None:
+    """The cut to try of those that did not pass: the cheapest for what it saves, each only once from the same ranks."""
+    now = history[-1]["ranks"]
+    failed = [r["cuts"][0] for r in history[:-1] if r["selection"] == "try" and r["from"] == now]
+    bonds = {(cut["name"], cut["bond"]) for cut in failed}
+    open_ = [m for m in misses if m.nll_cost < _HOPE * m.saved and (m.name, m.bond) not in bonds]
+    return min(open_, key=lambda m: m.nll_cost / m.saved, default=None)
 
 
 def _has_room(model: nn.Module) -> bool:
@@ -159,13 +203,44 @@ def select_(
             prune_(model, optimizer, threshold=policy.threshold)
         return {}
     step = next_step(history, training.epochs, training.first, policy.regrow and _has_room(model))
+    if step == "judge" and not has_paid(history, _prior_side(model, training), training.num_data):
+        undo_(model, optimizer, RankChange(**_last_trial(history)["cuts"][0]))
+        return {"selection": "undo"}
     if step == "grow":
         before = ranks(model)
         grow_ranks_(model, optimizer)
         return {"selection": "grow", "from": before}
-    if step == "ask":
-        nll = training.sample(policy.examples)
-        weights = {"num_data": training.num_data, "beta": training.beta}
-        cuts = select_ranks_(model, optimizer, nll=nll, **weights, z=policy.z, max_cut=policy.max_cut)
-        return {"selection": "cut" if cuts else "kept", "cuts": [asdict(cut) for cut in cuts]}
-    return {"selection": "wait"}
+    if step == "wait":
+        return {"selection": "wait"}
+    return _ask_(policy, model, optimizer, history, training)
+
+
+def _ask_(
+    policy: Evidence, model: nn.Module, optimizer: Optimizer, history: Sequence[Record], training: Training
+) -> Record:
+    before, price = ranks(model), _prior_side(model, training)
+    cuts, misses = search_ranks_(
+        model,
+        optimizer,
+        nll=training.sample(policy.examples),
+        num_data=training.num_data,
+        beta=training.beta,
+        z=policy.z,
+        max_cut=policy.max_cut,
+    )
+    if cuts:
+        return {"selection": "cut", "cuts": [asdict(cut) for cut in cuts]}
+    if policy.regrow and _last_test(training.epochs) - len(history) + 1 >= _TRIAL:
+        cut = trial(history, misses)
+        if cut:
+            apply_(model, optimizer, cut)
+            return {"selection": "try", "cuts": [asdict(cut)], "from": before, "prior_side": price}
+    return {"selection": "kept", "cuts": []}
+
+
+def _prior_side(model: nn.Module, training: Training) -> float:
+    return prior_side(model, training.num_data, training.beta)
+
+
+def _last_trial(history: Sequence[Record]) -> Record:
+    return next(record for record in reversed(history[:-1]) if record["selection"] == "try")

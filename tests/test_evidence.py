@@ -149,8 +149,9 @@ def test_what_loses_nothing_stays_bit_for_bit(kind, posterior):
     assert layer.weight.training
 
 
-def test_the_best_rank_is_taken_not_the_smallest_that_passes():
-    """A slice that is worth keeping does not go on the account of worthless ones."""
+@pytest.mark.parametrize(("margin", "passes"), [(0.0, True), (299.0, True), (301.0, False)])
+def test_the_best_rank_is_taken_not_the_smallest_that_passes(margin, passes):
+    """A slice that is worth keeping does not go on the account of worthless ones; the margin decides if any goes."""
     gains = {7: 100.0, 6: 200.0, 5: 300.0, 4: 50.0, 3: -900.0}  # By the rank that is left of 8.
     tensor = rf.LowRankTensor((16, 16), rf.TTM(8), posterior=rf.Point())
     entries = 2 * 16
@@ -160,10 +161,12 @@ def test_the_best_rank_is_taken_not_the_smallest_that_passes():
         num_data, beta = N, 1.0
 
         def cost(self, _):
-            rank = tensor.ranks["r1"]
-            return saved[rank] - gains[rank]
+            expected = saved[tensor.ranks["r1"]] - gains[tensor.ranks["r1"]]
+            return expected, expected + margin
 
-    assert _evidence._best_rank(tensor, "r1", Costs(), None, 3) == (5, saved[5] - 300.0, pytest.approx(saved[5]))
+    best = _evidence._best_rank(tensor, "r1", Costs(), None, 3)
+    assert best == pytest.approx((5, saved[5] - 300.0, saved[5] - 300.0 + margin, saved[5]))
+    assert (best.bound < best.saved) == passes
     assert tensor.ranks == {"r1": 8}
 
 
