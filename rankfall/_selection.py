@@ -151,8 +151,8 @@ def _may_grow(history: Sequence[Record], events: Sequence[int]) -> bool:
 def has_paid(history: Sequence[Record], prior_side: float, num_data: int) -> bool:
     """Whether the run is better off, in evidence, than without the cut that it last tried; pure as well.
 
-    Without it the data are taken to have gone on as in the two epochs before, so that what training wins anyhow is
-    not put down to the cut.
+    What training wins anyhow is not put down to the cut: without it the data are taken to have gone on at the pace of
+    the last two epochs before, or of the last two if that is slower, as it is where a run slows down by itself.
 
     Args:
         history: Records so far, the last one of the epoch that has just ended.
@@ -160,10 +160,10 @@ def has_paid(history: Sequence[Record], prior_side: float, num_data: int) -> boo
         num_data: Size of the training set.
     """
     tried = max(e for e, record in enumerate(history[:-1]) if record["selection"] == "try")
-    nll = [record["nll"] for record in history]
-    pace = max(nll[max(tried - _COOLDOWN, 0)] - nll[tried], 0) / _COOLDOWN
-    expected = nll[tried] - pace * (len(history) - 1 - tried)
-    return num_data * (nll[-1] - expected) < history[tried]["prior_side"] - prior_side
+    now, nll = len(history) - 1, [record["nll"] for record in history]
+    paces = [(nll[max(e - _COOLDOWN, 0)] - nll[e]) / _COOLDOWN for e in (tried, now)]
+    expected = nll[tried] - max(min(paces), 0) * (now - tried)
+    return num_data * (nll[now] - expected) < history[tried]["prior_side"] - prior_side
 
 
 def trial(history: Sequence[Record], misses: Sequence[RankChange]) -> RankChange | None:

@@ -188,6 +188,16 @@ def test_at_most_the_given_part_of_a_bond_goes():
     assert (change.before, change.after) == (8, 6)
 
 
+@pytest.mark.parametrize("posterior", [rf.Point(), rf.MeanField()], ids=["point", "mean-field"])
+def test_a_bond_of_one_slice_goes_to_zero_if_it_carries_nothing(posterior):
+    teacher = Teacher(rf.TTM, 1, 1, posterior)
+    teacher.y = teacher.sigma * torch.randn_like(teacher.y)  # Nothing to learn but what relu makes of noise.
+    teacher.train(15)
+    (change,) = teacher.select()
+    assert (change.before, change.after) == (1, 0)
+    assert not bool(teacher.layer.weight.dense().any())
+
+
 def test_a_wider_margin_cuts_less():
     found = []
     for z in (0.0, 1e4):

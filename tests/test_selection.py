@@ -9,6 +9,7 @@ from torch import nn
 
 import rankfall as rf
 from rankfall import _selection
+from rankfall._evidence import RankChange
 
 EPOCHS = 100
 
@@ -23,8 +24,10 @@ def records(losses, events=None, ranks=None, error=1e-3):
     for epoch, loss in enumerate(losses):
         record = {"nll": loss, "nll_error": error, "ranks": {"0": {"r1": rank}}}
         record["selection"] = (events or {}).get(epoch, "wait")
-        if record["selection"] == "grow":
+        if record["selection"] in ("grow", "try"):
             record["from"] = {"0": {"r1": rank}}
+        if record["selection"] == "try":
+            record |= {"cuts": [{"name": "0", "bond": "r1"}], "prior_side": 1000.0}
         rank = (ranks or {}).get(epoch, rank)
         record["ranks"] = {"0": {"r1": rank}}
         out.append(record)
@@ -104,6 +107,51 @@ def test_slices_that_came_back_are_judged_in_any_case():
     assert next_step(records(falling(81, 0.01), {70: "cut"}, {70: 4}), EPOCHS, 5) == "wait"
 
 
+def test_a_trial_is_judged_after_four_settled_epochs():
+    assert next_step(records(flat(19), {15: "try"}), EPOCHS, 5) == "wait"
+    assert next_step(records(flat(20), {15: "try"}), EPOCHS, 5) == "judge"
+    assert next_step(records(falling(20, 0.1), {15: "try"}), EPOCHS, 5) == "wait"
+
+
+def test_a_trial_is_judged_in_any_case_before_the_rest():
+    assert next_step(records(falling(81, 0.1), {79: "try"}), EPOCHS, 5) == "judge"
+
+
+@pytest.mark.parametrize(("rise", "paid"), [(0.0, True), (0.19, True), (0.21, False)])
+def test_a_trial_has_paid_if_the_data_lost_less_than_the_prior_side_won(rise, paid):
+    history = records([2.0] + [0.5] * 10 + [0.5 + rise] * 4, {10: "try"})
+    assert _selection.has_paid(history, prior_side=800.0, num_data=1000) == paid
+
+
+def test_what_training_wins_anyhow_is_not_put_down_to_a_trial():
+    history = records([2.0 - 0.1 * k for k in range(15)], {10: "try"})  # As before, without a break.
+    assert _selection.has_paid(history, prior_side=999.0, num_data=1000)
+    assert not _selection.has_paid(history, prior_side=1000.1, num_data=1000)
+
+
+def test_a_run_that_slows_down_by_itself_is_not_held_to_its_old_pace():
+    history = records([2.0 - 0.1 * k for k in range(11)] + [1.0] * 4, {10: "try"})
+    assert _selection.has_paid(history, prior_side=999.0, num_data=1000)
+
+
+def test_the_last_trial_counts():
+    history = records([0.5] * 6 + [0.9] * 10, {5: "try", 11: "try"})
+    assert _selection.has_paid(history, prior_side=999.0, num_data=1000)
+
+
+def test_the_cheapest_cut_for_what_it_saves_is_tried_and_once_only():
+    cheap = RankChange("0", "r1", 4, 3, nll_cost=150.0, saved=100.0)
+    dear = RankChange("0", "r2", 4, 3, nll_cost=170.0, saved=100.0)
+    hopeless = RankChange("0", "r3", 4, 3, nll_cost=201.0, saved=100.0)
+    history = records(flat(20))
+    assert _selection.trial(history, [hopeless, dear, cheap]) == cheap
+    assert _selection.trial(history, [hopeless]) is None
+    undone = records(flat(20), {10: "try", 14: "undo"}, {10: 7, 14: 8})
+    assert _selection.trial(undone, [hopeless, dear, cheap]) == dear
+    elsewhere = records(flat(20), {10: "try", 14: "undo", 16: "cut"}, {10: 7, 14: 8, 16: 6})
+    assert _selection.trial(elsewhere, [hopeless, dear, cheap]) == cheap
+
+
 def test_a_run_too_short_to_settle_is_not_cut():
     for epochs in (1, 2, 3):
         for count in range(1, epochs + 1):
@@ -151,6 +199,28 @@ def test_a_bond_that_was_cut_too_far_gets_its_slice_back():
     history = teacher.fit(epochs=60)
     assert weight.ranks == {"r1": 3}
     assert any(record["selection"] == "grow" and record["from"]["0"]["r1"] == 2 for record in history)
+
+
+@pytest.mark.parametrize("posterior", [rf.Point(), rf.MeanField()], ids=["point", "mean-field"])
+def test_a_trial_that_costs_evidence_is_undone(posterior, monkeypatch):
+    """Every slice that is left is tried, however dear; each comes back, and the planted ranks stay."""
+    monkeypatch.setattr(_selection, "_HOPE", math.inf)
+    teacher = Teacher(posterior=posterior)
+    history = teacher.fit(epochs=60)
+    steps = [record["selection"] for record in history if record["selection"] != "wait"]
+    assert "try" in steps
+    assert steps.count("undo") == steps.count("try")
+    assert teacher.model[0].weight.ranks == {"r1": 2}
+
+
+def test_a_trial_that_pays_stays(monkeypatch):
+    """With a margin that only a slice of exactly no effect passes, trials bring the rank down."""
+    monkeypatch.setattr(_selection, "_HOPE", math.inf)
+    teacher = Teacher(true=1, start=3, posterior=rf.Point())
+    history = teacher.fit(epochs=60, selection=rf.Evidence(z=1e9))
+    steps = [record["selection"] for record in history]
+    assert steps.count("try") > steps.count("undo")
+    assert teacher.model[0].weight.ranks == {"r1": 1}
 
 
 def test_without_regrowth_it_stays_cut():
