@@ -213,9 +213,8 @@ def test_a_trial_that_costs_evidence_is_undone(posterior, monkeypatch):
     assert teacher.model[0].weight.ranks == {"r1": 2}
 
 
-def test_a_trial_that_pays_stays(monkeypatch):
+def test_a_trial_that_pays_stays():
     """With a margin that only a slice of exactly no effect passes, trials bring the rank down."""
-    monkeypatch.setattr(_selection, "_HOPE", math.inf)
     teacher = Teacher(true=1, start=3, posterior=rf.Point())
     history = teacher.fit(epochs=60, selection=rf.Evidence(z=1e9))
     steps = [record["selection"] for record in history]
