@@ -4,6 +4,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
@@ -167,9 +168,10 @@ def has_paid(history: Sequence[Record], prior_side: float, num_data: int) -> boo
 
 
 def trial(history: Sequence[Record], misses: Sequence[RankChange]) -> RankChange | None:
-    """The cut to try of those that did not pass: the cheapest for what it saves, each only once from the same ranks."""
-    now = history[-1]["ranks"]
-    failed = [r["cuts"][0] for r in history[:-1] if r["selection"] == "try" and r["from"] == now]
+    """The cut to try of those that did not pass: the cheapest for what it saves; none that failed at the same ranks."""
+    changes = [record for record in history[:-1] if record["selection"] != "wait"]
+    undone = [one for one, after in pairwise(changes) if after["selection"] == "undo"]
+    failed = [one["cuts"][0] for one in undone if one["from"] == history[-1]["ranks"]]
     bonds = {(cut["name"], cut["bond"]) for cut in failed}
     open_ = [m for m in misses if m.nll_cost < _HOPE * m.saved and (m.name, m.bond) not in bonds]
     return min(open_, key=lambda m: m.nll_cost / m.saved, default=None)
