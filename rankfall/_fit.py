@@ -36,7 +36,7 @@ Record: TypeAlias = dict[str, Any]
 # How often a loss on an accelerator is looked at: every look makes the host wait for the device.
 _STEPS_BETWEEN_CHECKS = 50
 _LR = 1e-3
-_WARMUP_PART = 6
+_WARMUP_PART = 20
 
 
 def fit(  # noqa: PLR0913  one call with defaults is what a reference loop is for
@@ -86,7 +86,7 @@ def fit(  # noqa: PLR0913  one call with defaults is what a reference loop is fo
         optimizer: Any torch optimizer over the model's parameters; None for Adam on `rf.parameter_groups(model, 1e-3)`.
         beta: Weight of the KL; 1 is the evidence lower bound.
         kl_warmup: Epochs over which that weight rises from 0, so that the data speaks first; no cut happens in them.
-            None for a sixth of the run.
+            None for a twentieth of the run.
         selection: When and how ranks change: rf.Evidence(), rf.Shrinkage(threshold), or None for fixed ranks.
         scheduler: Stepped once an epoch; None for a cosine from the optimizer's learning rate to 0.
         evaluate: Called after each epoch in eval mode without gradients; what it returns joins the record.
