@@ -17,8 +17,9 @@ from rankfall._posteriors import MeanField, Point, Posterior
 from rankfall._priors import HalfCauchy, LogUniform, Prior
 from rankfall._states import check_state
 from rankfall._swap import swap_
-from rankfall._tensor import LowRankTensor, layer_path
+from rankfall._tensor import LowRankTensor
 from rankfall._tensorize import Spec, build_replacements
+from rankfall._walk import layer_path
 
 _KEY = "rankfall"
 _KINDS = {kind.__name__: kind for kind in (CP, Tucker, TT, TTM, TR, LogUniform, HalfCauchy, Point, MeanField)}

@@ -6,7 +6,7 @@ import math
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rankfall._tensor import low_rank_tensors
+from rankfall._walk import low_rank_tensors
 
 
 def kl(model: nn.Module) -> Float[Tensor, ""]:

@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 
 from rankfall._elbo import check_weights
 from rankfall._formats import CP, TR
-from rankfall._tensor import LowRankTensor, finite_tensors, layer_path, low_rank_tensors
+from rankfall._tensor import LowRankTensor
+from rankfall._walk import finite_tensors, layer_path, low_rank_tensors
 
 PerExampleNLL = Callable[[], Tensor]
 

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from rankfall import _contract
 from rankfall._swap import swap_
-from rankfall._tensor import low_rank_tensors
+from rankfall._walk import low_rank_tensors
 from rankfall.nn import Linear
 
 

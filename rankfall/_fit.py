@@ -23,7 +23,7 @@ from rankfall._ranks import ranks
 from rankfall._selection import Evidence, Selection, Training, select_
 from rankfall._states import check_state
 from rankfall._summary import summary
-from rankfall._tensor import low_rank_tensors
+from rankfall._walk import low_rank_tensors
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

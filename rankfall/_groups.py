@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from rankfall._tensor import LowRankTensor, low_rank_tensors
+from rankfall._tensor import LowRankTensor
+from rankfall._walk import low_rank_tensors
 
 # Relative change of a reconstructed weight that one step of Adam makes, per unit of `lr`. Found by a sweep over
 # formats, orders and ranks (benchmarks/factor_steps.py).

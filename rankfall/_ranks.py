@@ -6,7 +6,7 @@ from typing import TypeVar
 from torch import nn
 from torch.optim import Optimizer
 
-from rankfall._tensor import finite_tensors, layer_path, low_rank_tensors
+from rankfall._walk import finite_tensors, layer_path, low_rank_tensors
 
 M = TypeVar("M", bound=nn.Module)
 

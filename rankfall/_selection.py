@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from rankfall._evidence import RankChange, apply_, prior_side, search_ranks_, undo_
 from rankfall._ranks import check_threshold, grow_ranks_, prune_, ranks
-from rankfall._tensor import low_rank_tensors
+from rankfall._walk import low_rank_tensors
 
 Record: TypeAlias = dict[str, Any]
 Step: TypeAlias = Literal["wait", "ask", "grow", "judge"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from rankfall._tensor import layer_path, low_rank_tensors
+from rankfall._walk import layer_path, low_rank_tensors
 
 
 @dataclass(frozen=True)

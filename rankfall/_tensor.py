@@ -2,7 +2,7 @@
 """A low-rank tensor with a shrinkage prior: the one place where factors, prior and posterior meet."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -126,7 +126,7 @@ class LowRankTensor(nn.Module):
 
     def sample(self) -> Float[Tensor, "*shape"]:
         """The tensor at one draw of all factors from the posterior; dense() with rf.Point."""
-        return _contract.dense(self.layout, self._drawn())
+        return _contract.dense(self.layout, self._sampled())
 
     def linear(self, x: Float[Tensor, "*batch in_features"]) -> Float[Tensor, "*batch out_features"]:
         """Computes x @ W.T for a tensor of two axes, by the cheapest order of contractions.
@@ -144,7 +144,11 @@ class LowRankTensor(nn.Module):
                 f"{where} has in_features={self.shape[1]}, but the input has shape {tuple(x.shape)}. "
                 f"Reshape it to (..., {self.shape[1]})."
             )
-        return _contract.linear(self.layout, self._drawn() if self.training else list(self.factors), x)
+        return _contract.linear(self.layout, self.drawn(), x)
+
+    def drawn(self) -> list[Tensor]:
+        """The factors that a layer's forward uses: one draw from the posterior in train mode, its mean in eval mode."""
+        return self._sampled() if self.training else list(self.factors)
 
     def kl(self) -> Float[Tensor, ""]:
         """KL(q || p) of all factors at the best prior scales, in nats; differentiable, float32 or wider.
@@ -337,40 +341,10 @@ class LowRankTensor(nn.Module):
         starts = [self.posterior.initial_log_std(f.detach()) for f in self.factors]
         return [start for start in starts if start is not None]
 
-    def _drawn(self) -> list[Tensor]:
+    def _sampled(self) -> list[Tensor]:
         if not len(self.log_stds):
             return list(self.factors)
         return [draw(mean, log_std) for mean, log_std in zip(self.factors, self.log_stds, strict=True)]
-
-
-def low_rank_tensors(model: nn.Module) -> Iterator[tuple[str, LowRankTensor]]:
-    """Every low-rank tensor of a model with its path; a tensor that two layers share is given once."""
-    for path, module in model.named_modules():
-        if isinstance(module, LowRankTensor):
-            yield path, module
-
-
-def layer_path(path: str) -> str:
-    """The path of the layer that a low-rank tensor at `path` is the weight of."""
-    parent, _, name = path.rpartition(".")
-    return parent if name == "weight" else path
-
-
-def finite_tensors(model: nn.Module, verb: str) -> list[tuple[str, LowRankTensor]]:
-    """Every low-rank tensor of a model with its path, for something that only finite factors can bear.
-
-    Raises:
-        ValueError: If there is none, or a factor is NaN or infinite.
-    """
-    tensors = list(low_rank_tensors(model))
-    if not tensors:
-        raise ValueError(
-            f"{type(model).__name__} has no low-rank tensor to {verb}. Call rf.tensorize_(model, rf.TTM(20)) first."
-        )
-    for path, tensor in tensors:
-        if not all(bool(torch.isfinite(p).all()) for p in tensor.parameters()):
-            raise ValueError(f"{layer_path(path)!r} has factors that are NaN or infinite. Go back to a checkpoint.")
-    return tensors
 
 
 def _check_kinds(format: object, prior: object, posterior: object) -> None:
