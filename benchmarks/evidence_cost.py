@@ -32,7 +32,7 @@ def main() -> None:
     runs = parser.parse_args().runs
     print(machine(1) + "\n")
     torch.manual_seed(0)
-    model = build_model(RECIPES["mnist"], TrainOptions("mnist"))
+    model = build_model(RECIPES["mnist"].network(None), TrainOptions("mnist"))
     rows = [
         ("start rank 20", *_step_times(model)),
         ("at the end", *_step_times(rf.load(runs[0] / "model.safetensors", model))),

@@ -20,6 +20,7 @@ from rankfall._formats import Tucker as Tucker
 from rankfall._groups import parameter_groups as parameter_groups
 from rankfall._posteriors import MeanField as MeanField
 from rankfall._posteriors import Point as Point
+from rankfall._predict import predict as predict
 from rankfall._priors import HalfCauchy as HalfCauchy
 from rankfall._priors import LogUniform as LogUniform
 from rankfall._ranks import canonicalize_ as canonicalize_

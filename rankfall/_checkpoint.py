@@ -19,7 +19,6 @@ from rankfall._states import check_state
 from rankfall._swap import swap_
 from rankfall._tensor import LowRankTensor
 from rankfall._tensorize import Spec, build_replacements
-from rankfall._walk import layer_path
 
 _KEY = "rankfall"
 _KINDS = {kind.__name__: kind for kind in (CP, Tucker, TT, TTM, TR, LogUniform, HalfCauchy, Point, MeanField)}
@@ -95,7 +94,7 @@ def load(path: Path | str, model: nn.Module | None = None) -> Any:  # noqa: ANN4
     if model is None:
         return state
     here = {name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, LowRankTensor)}
-    specs = {layer_path(name): _to_spec(layer) for name, layer in layers.items() if name not in here}
+    specs = {name: _to_spec(layer) for name, layer in layers.items() if name not in here}
     replacements = build_replacements(model, specs)
     replaced = {id(replacements[id(m)]): m for m in model.modules() if id(m) in replacements}
     model = swap_(model, replacements)

@@ -15,9 +15,15 @@ def _flat_modes(layout: Layout) -> Axes:
     return tuple(name for axes in layout.axes for name in axes)
 
 
+def dense_plan(layout: Layout, shapes: Sequence[Sequence[int]]) -> Plan:
+    """The order in which `dense` contracts factors of these shapes."""
+    sizes = layout.mode_sizes | layout.ranks(shapes)
+    return plan(layout.factors, _flat_modes(layout), tuple(sizes.items()))
+
+
 def dense(layout: Layout, factors: Sequence[Tensor]) -> Float[Tensor, "*shape"]:
     """The tensor that the factors stand for, of the shape its user gave: padding is cut off."""
-    padded = contract(layout.factors, _flat_modes(layout), factors).reshape(layout.padded_shape)
+    padded = run(dense_plan(layout, [f.shape for f in factors]), factors).reshape(layout.padded_shape)
     if layout.padded_shape == layout.shape:
         return padded
     return padded[tuple(slice(n) for n in layout.shape)]

@@ -37,6 +37,11 @@ class Plan:
     flops: int
     elements: int
 
+    @property
+    def cost(self) -> int:
+        """Time, in floating-point operations: what plans are compared by."""
+        return self.flops + _FLOPS_PER_ELEMENT_MOVED * self.elements
+
 
 def _equation(inputs: Sequence[Axes], output: Axes) -> str:
     # Letters are given out afresh per step, so a network may have more than 52 names.

@@ -20,6 +20,8 @@ _AXIS_LETTERS = "oiklmnpqstuvwxyz"
 # Mode size at which a chain needs few parameters and still few factors; and the largest number of modes an axis is
 # split into for Tucker, whose core has a dimension per mode, and CP, whose gradients are products over all modes.
 _MODE_SIZE, _WIDE_MODES = 5.0, 2
+# Modes that a user gives may make an axis a little longer, as the vocabulary of a table wants it; more is a mistake.
+_MOST_PADDED = 1.1
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,8 @@ class Format(ABC):
     Args:
         max_rank: The rank of every bond at the start, or one per bond; capped by what the modes can carry. Ranks only
             fall from there, so raise it when no slice of a bond is removed.
-        out_modes: How the first axis (out_features, rows) is split; None lets rankfall choose, padding if it must.
+        out_modes: How the first axis (out_features, rows) is split: modes whose product is the axis, or up to a tenth
+            more, which is padded. None lets rankfall choose, padding if it must.
         in_modes: How the second axis (in_features, width) is split.
 
     Raises:
@@ -170,7 +173,7 @@ class Format(ABC):
                 raise ValueError(
                     f"{name} was given for a tensor of shape {shape}, which has no such axis. Leave it out."
                 )
-            if math.prod(modes) != shape[axis]:
+            if not shape[axis] <= math.prod(modes) <= shape[axis] * _MOST_PADDED:
                 fitting = balanced_modes(shape[axis], mode_count(shape[axis], _MODE_SIZE))
                 advice = f"Pass {name}={fitting}, or leave" if math.prod(fitting) == shape[axis] else "Leave"
                 raise ValueError(

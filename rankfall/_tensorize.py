@@ -2,18 +2,19 @@
 """Conversion of a whole model: find, check all, then swap."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 
+from rankfall._conversions import Conversion, conversion_of, convertible
 from rankfall._formats import Format
 from rankfall._posteriors import Posterior
 from rankfall._priors import Prior
 from rankfall._swap import swap_
 from rankfall._tensor import LowRankTensor
-from rankfall.nn import Linear
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +51,10 @@ def tensorize_(
 ) -> nn.Module:
     """Makes the big weights of a model low-rank tensors, in place, and returns the model.
 
-    Every torch.nn.Linear that `filter_fn` accepts is replaced. Layers that share a weight share the low-rank tensor;
-    biases stay the same Parameter. Make the optimizer afterwards: the old weights are gone.
+    Every layer that has a low-rank twin in `rf.nn` and that `filter_fn` accepts is replaced: torch's Linear, Embedding,
+    EmbeddingBag, Conv1d to Conv3d, LSTM, GRU, MultiheadAttention, and the Conv1D of Hugging Face transformers. Layers
+    that share a weight, such as an embedding and a tied output layer, share the low-rank tensor; biases stay the same
+    Parameter. Make the optimizer afterwards: the old weights are gone.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 10))
@@ -64,7 +67,7 @@ def tensorize_(
         format: The format of every converted weight. Call several times with filters for several formats.
         prior: The hyperprior of the prior scales, rf.HalfCauchy() by default.
         posterior: rf.MeanField() by default, or rf.Point().
-        filter_fn: Called with a layer and its path; True converts it. None converts every linear layer.
+        filter_fn: Called with a layer and its path; True converts it. None converts every layer that can be.
         from_dense: True decomposes the weights that are there (for a trained model), False starts afresh.
 
     Raises:
@@ -75,14 +78,25 @@ def tensorize_(
     found = _find(model, filter_fn)
     if not found:
         raise _nothing_matches(model)
-    spec = Spec(format, prior, posterior)
-    replacements = build_replacements(model, {path: spec for path, _ in found}, from_dense=from_dense)
-    logger.info("tensorized %d layers: %s", len(found), ", ".join(path for path, _ in found))
+    specs: dict[str, Spec] = {}
+    for path, layer, conversion in found:
+        with _named(path, layer):
+            for name in conversion.parameters(layer):
+                specs[_join(path, name)] = Spec(conversion.format_of(layer, name, format), prior, posterior)
+    replacements = build_replacements(model, specs, from_dense=from_dense)
+    logger.info("tensorized %d layers: %s", len(found), ", ".join(path for path, _, _ in found))
     return swap_(model, replacements)
 
 
-def build_replacements(model: nn.Module, specs: Mapping[str, Spec], *, from_dense: bool = False) -> dict[int, Linear]:
-    """Makes the low-rank layer of every linear layer at the given paths; the model stays as it is.
+def build_replacements(
+    model: nn.Module, specs: Mapping[str, Spec], *, from_dense: bool = False
+) -> dict[int, nn.Module]:
+    """Makes the low-rank twin of every layer whose weights stand at the given paths; the model stays as it is.
+
+    Args:
+        model: Any module.
+        specs: How each weight is held, by its path: "fc1.weight", "lstm.weight_ih_l0".
+        from_dense: True decomposes the weights that are there.
 
     Returns:
         New layers by the id() of the layers that they stand for, as `swap_` takes them.
@@ -90,73 +104,92 @@ def build_replacements(model: nn.Module, specs: Mapping[str, Spec], *, from_dens
     Raises:
         ValueError: As for `tensorize_`.
     """
-    layers = {path: layer for path, layer in _find(model, None) if path in specs}
-    for path, layer in layers.items():
-        if "weight" not in layer._parameters:
-            raise ValueError(
-                f"{path!r} computes its weight from other parameters ({', '.join(layer._parameters)}). "
-                "Undo that first, for example with torch.nn.utils.remove_weight_norm, or leave it out with filter_fn."
-            )
-    _check_sharing(model, {id(layer.weight): path for path, layer in layers.items()}, set(map(id, layers.values())))
-    weights: dict[int, LowRankTensor] = {}
-    replacements: dict[int, Linear] = {}
-    for path, layer in layers.items():
-        try:
-            if id(layer.weight) not in weights:
-                weights[id(layer.weight)] = _convert(layer, specs[path], from_dense)
-                weights[id(layer.weight)].path = path
-        except (ValueError, TypeError) as error:
-            raise type(error)(f"{path or type(layer).__name__!r}: {error}") from error
-        replacements[id(layer)] = _with_hooks_of(layer, Linear.around(weights[id(layer.weight)], layer.bias))
+    layers = [
+        (path, layer, conversion)
+        for path, layer, conversion in _find(model, None)
+        if any(_join(path, name) in specs for name in conversion.names(layer))
+    ]
+    _check_sharing(model, layers)
+    tensors: dict[int, LowRankTensor] = {}
+    replacements: dict[int, nn.Module] = {}
+    for path, layer, conversion in layers:
+        with _named(path, layer):
+            conversion.check(layer)
+            weights = {}
+            for name, weight in conversion.parameters(layer).items():
+                if id(weight) not in tensors:
+                    spec = specs[_join(path, name)]
+                    tensors[id(weight)] = _convert(layer, name, weight, conversion, spec, from_dense)
+                    tensors[id(weight)].path = path if name == "weight" else _join(path, name)
+                weights[name] = tensors[id(weight)]
+            replacements[id(layer)] = _with_hooks_of(layer, conversion.around(weights, layer))
     return replacements
 
 
-def _with_hooks_of(old: nn.Linear, new: Linear) -> Linear:
+def _with_hooks_of(old: nn.Module, new: nn.Module) -> nn.Module:
     # The dictionaries themselves, so that the handles that remove a hook go on working.
     for name in _HOOKS:
         setattr(new, name, getattr(old, name))
     return new.train(old.training)
 
 
-def _find(model: nn.Module, filter_fn: Filter | None) -> list[tuple[str, nn.Linear]]:
-    # Subclasses are left alone: some (in nn.MultiheadAttention) are read as a bare weight, which has to be a Tensor.
+def _find(model: nn.Module, filter_fn: Filter | None) -> list[tuple[str, nn.Module, Conversion]]:
     return [
-        (path, module)
+        (path, module, conversion)
         for path, module in model.named_modules()
-        if type(module) is nn.Linear and (filter_fn is None or filter_fn(module, path))
+        if (conversion := conversion_of(module)) is not None and (filter_fn is None or filter_fn(module, path))
     ]
 
 
-def _convert(layer: nn.Linear, spec: Spec, from_dense: bool) -> LowRankTensor:
-    old = layer.weight
+def _convert(
+    layer: nn.Module, name: str, old: Tensor, conversion: Conversion, spec: Spec, from_dense: bool
+) -> LowRankTensor:
+    value = conversion.oriented(old)
     if from_dense:
-        weight = LowRankTensor.from_dense(old, spec.format, prior=spec.prior, posterior=spec.posterior)
+        weight = LowRankTensor.from_dense(value, spec.format, prior=spec.prior, posterior=spec.posterior)
     else:
-        weight = Linear(
-            layer.in_features,
-            layer.out_features,
-            bias=False,
-            format=spec.format,
+        weight = LowRankTensor(
+            value.shape,
+            spec.format,
             prior=spec.prior,
             posterior=spec.posterior,
+            initial_std=conversion.initial_std(layer, name),
             device=old.device,
             dtype=old.dtype,
-        ).weight
+        )
     return weight.requires_grad_(old.requires_grad).train(layer.training)
 
 
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+@contextmanager
+def _named(path: str, layer: nn.Module) -> Iterator[None]:
+    """Errors inside name the layer."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{path or type(layer).__name__!r}: {error}") from error
+
+
 def _nothing_matches(model: nn.Module) -> ValueError:
-    candidates = [path or "the model itself" for path, _ in _find(model, None)]
+    candidates = [path or "the model itself" for path, _, _ in _find(model, None)]
     shown = ", ".join(candidates[:8]) + (", ..." if len(candidates) > 8 else "")
     if candidates:
         return ValueError(f"filter_fn matches no layer of {type(model).__name__}. It could match: {shown}.")
     return ValueError(
-        f"{type(model).__name__} has no torch.nn.Linear to tensorize. Pass a model that has one, "
-        "or use rf.nn.Linear in it."
+        f"{type(model).__name__} has no layer to tensorize. Pass a model that has one of {convertible()}, "
+        "or use the layers of rf.nn in it."
     )
 
 
-def _check_sharing(model: nn.Module, weights: dict[int, str], converted: set[int]) -> None:
+def _check_sharing(model: nn.Module, layers: Sequence[tuple[str, nn.Module, Conversion]]) -> None:
+    weights: dict[int, str] = {}
+    for path, layer, conversion in layers:
+        with _named(path, layer):
+            weights |= {id(weight): path for weight in conversion.parameters(layer).values()}
+    converted = {id(part) for _, layer, _ in layers for part in layer.modules()}
     for path, module in model.named_modules():
         if id(module) in converted:
             continue

@@ -20,7 +20,18 @@ from rankfall.recipes._compare import CompareOptions, compare
 from rankfall.recipes._options import FormatName, TrainOptions, make_format
 from rankfall.recipes._run import train
 
-_HEADS = ("start rank", "test accuracy", "test NLL", "parameters", "compression", "s/epoch first", "last", "seconds")
+_HEADS = (
+    "start rank",
+    "test accuracy",
+    "test NLL",
+    "parameters",
+    "compression",
+    "tensorized part",
+    "compression",
+    "s/epoch first",
+    "last",
+    "seconds",
+)
 _FILE_WIDTH = 160  # Columns of a table where there is no terminal.
 
 
@@ -106,11 +117,17 @@ def _comparison(content: Mapping[str, Any]) -> Table:
             _spread(row["test_nll"], ".4f"),
             _spread(row["parameters"], ",.0f"),
             f"{row['compression']['mean']:.1f}x",
+            *_tensorized(row),
             f"{row['epoch_seconds_first']['mean']:.3f}",
             f"{row['epoch_seconds_last']['mean']:.3f}",
             f"{row['seconds']['mean']:.1f}",
         )
     return table
+
+
+def _tensorized(row: Mapping[str, Any]) -> tuple[str, str]:
+    compact, dense = row["tensorized_parameters"]["mean"], row["tensorized_dense_parameters"]["mean"]
+    return (_spread(row["tensorized_parameters"], ",.0f"), f"{dense / compact:.1f}x") if compact else ("", "")
 
 
 def _spread(figure: Mapping[str, Any], form: str) -> str:

@@ -18,8 +18,9 @@ from rankfall.recipes._options import TrainOptions
 
 SHORT = ["--epochs", "3", "--limit", "200"]
 KEYS = {
-    "recipe", "format", "prior", "posterior", "method", "seed", "epochs", "test_accuracy", "test_nll", "parameters",
-    "dense_parameters", "compression", "ranks", "seconds", "peak_rss_bytes",
+    "recipe", "model", "format", "prior", "posterior", "method", "seed", "epochs", "test_accuracy", "test_nll",
+    "test_ece", "test_brier", "parameters", "dense_parameters", "compression", "tensorized_parameters",
+    "tensorized_dense_parameters", "ranks", "seconds", "peak_rss_bytes",
 }  # fmt: skip
 
 
@@ -54,7 +55,7 @@ def test_train_writes_a_whole_run_folder(capsys, method):
     printed = capsys.readouterr().out
     assert "whole model" in printed
     assert f"{metrics['test_accuracy']:.2%}" in printed
-    model = rf.load("run/model.safetensors", _run.RECIPES["digits"].model())
+    model = rf.load("run/model.safetensors", _run.RECIPES["digits"].network(None).make())
     assert rf.summary(model).parameters == metrics["parameters"]
     assert rf.ranks(model) == metrics["ranks"]
 
@@ -245,7 +246,7 @@ def test_plan_counts_the_model_of_a_user(capsys):
         ("no_such_module:make", "'no_such_module:make' cannot be imported"),
         ("torch:no_such_name", "'torch:no_such_name' cannot be imported"),
         ("builtins:dict", "returned a dict. It must return a torch.nn.Module"),
-        ("torch.nn:ReLU", "ReLU has no torch.nn.Linear to tensorize"),
+        ("torch.nn:ReLU", "ReLU has no layer to tensorize"),
     ],
 )
 def test_plan_refuses(capsys, target, text):
@@ -254,7 +255,7 @@ def test_plan_refuses(capsys, target, text):
 
 def test_options_reach_the_model():
     options = TrainOptions("digits", format="cp", max_rank=3, prior="log-uniform", posterior="point")
-    model = _run.build_model(_run.RECIPES["digits"], options)
+    model = _run.build_model(_run.RECIPES["digits"].network(None), options)
     weight = model[0].weight
     assert (weight.format, weight.prior, weight.posterior) == (rf.CP(3), rf.LogUniform(), rf.Point())
 

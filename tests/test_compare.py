@@ -12,7 +12,7 @@ import torch
 import rankfall as rf
 from rankfall.cli import main
 from rankfall.recipes import _run
-from rankfall.recipes._compare import CompareOptions, compare, rank_of_size
+from rankfall.recipes._compare import _FIGURES, CompareOptions, compare, rank_of_size
 from rankfall.recipes._folder import RunFolder
 from rankfall.recipes._options import TrainOptions
 
@@ -74,7 +74,7 @@ def test_folders_are_whole(whole: Path):
         assert sorted(p.name for p in (whole / name).iterdir()) == [
             "config.json", "history.jsonl", "metrics.json", "model.safetensors",
         ]  # fmt: skip
-        model = rf.load(whole / name / "model.safetensors", _run.RECIPES["digits"].model())
+        model = rf.load(whole / name / "model.safetensors", _run.RECIPES["digits"].network(None).make())
         assert rf.summary(model).parameters == json.loads((whole / name / "metrics.json").read_text())["parameters"]
 
 
@@ -130,14 +130,14 @@ def test_given_ranks_are_of_the_size_that_evidence_ended_at(monkeypatch):
 
     def train(run: TrainOptions, *, progress: bool) -> tuple:
         seen[run.method] = run.max_rank
-        figures = {"test_accuracy": 0.5, "test_nll": 1.0, "compression": 2.0, "seconds": 3.0, "epochs": 1}
+        figures = dict.fromkeys(_FIGURES, 1.0) | {"epochs": 1}
         folder = RunFolder(run)
         folder.path.mkdir(parents=True)
         folder.write_history([{"seconds": 1.0}])
         return folder, None, figures | {"parameters": size + 20}
 
     options = TrainOptions("digits", method="fixed", max_rank=3)
-    size = rf.summary(_run.build_model(_run.RECIPES["digits"], options)).parameters
+    size = rf.summary(_run.build_model(_run.RECIPES["digits"].network(None), options)).parameters
     monkeypatch.setattr("rankfall.recipes._compare.train", train)
     content = compare(CompareOptions("digits", seeds=(0,)))
     assert seen == {"dense": None, "evidence": None, "shrinkage": None, "fixed": 3, "compress": 3}
@@ -148,7 +148,9 @@ def test_nearest_rank():
     run = TrainOptions("digits", method="fixed", format="tt")
     sizes = {
         rank: rf.summary(
-            _run.build_model(_run.RECIPES["digits"], TrainOptions("digits", method="fixed", format="tt", max_rank=rank))
+            _run.build_model(
+                _run.RECIPES["digits"].network(None), TrainOptions("digits", method="fixed", format="tt", max_rank=rank)
+            )
         ).parameters
         for rank in (1, 4, 5, 8)
     }
@@ -195,12 +197,12 @@ def test_a_folder_of_a_later_run_that_is_taken_is_refused_first(capsys):
 
 @pytest.mark.parametrize("name", ["tucker", "tt", "ttm"])
 def test_compression_at_full_rank_keeps_the_function(name):
-    recipe = _run.RECIPES["digits"]
+    network = _run.RECIPES["digits"].network(None)
     options = TrainOptions("digits", method="compress", format=name, max_rank=10_000)
-    model, x = _run.build_model(recipe, options), torch.randn(5, 64)
+    model, x = _run.build_model(network, options), torch.randn(5, 64)
     dense = {path: parameter.detach().clone() for path, parameter in model.named_parameters()}
     expected = model(x)
-    _run.to_format(model, recipe, options, from_dense=True)
+    _run.to_format(model, network, options, from_dense=True)
     for k in (0, 2, 4):
         assert isinstance(model[k], rf.nn.Linear)
         assert model[k].weight.posterior == rf.Point()
@@ -210,14 +212,14 @@ def test_compression_at_full_rank_keeps_the_function(name):
 
 
 def test_compression_splits_layers_as_training_in_the_format_does():
-    recipe = _run.RECIPES["mnist"]
+    network = _run.RECIPES["mnist"].network(None)
     compressed, fixed = (
-        _run.build_model(recipe, TrainOptions("mnist", method=method, max_rank=2)) for method in ("compress", "fixed")
+        _run.build_model(network, TrainOptions("mnist", method=method, max_rank=2)) for method in ("compress", "fixed")
     )
     assert not rf.ranks(compressed)
-    _run.to_format(compressed, recipe, TrainOptions("mnist", method="compress", max_rank=2), from_dense=True)
+    _run.to_format(compressed, network, TrainOptions("mnist", method="compress", max_rank=2), from_dense=True)
     assert compressed[0].weight.layout == fixed[0].weight.layout
-    assert compressed[0].weight.layout.modes == ((4, 4, 8, 4), (4, 7, 4, 7))
+    assert compressed[0].weight.layout.modes == ((8, 4, 2, 8), (7, 4, 4, 7))
     assert compressed[3].weight.layout == fixed[3].weight.layout
 
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
+import sys
+import types
 import warnings
 
 import pytest
@@ -172,7 +174,7 @@ def broken_weight():
 REFUSED = {
     "shared with embedding": (
         shared_with_embedding,
-        {},
+        {"filter_fn": lambda module, path: path == "out"},
         ValueError,
         r"'out' shares its weight with 'embed.weight', which stays dense.*filter_fn=lambda module, path: path != 'out'",
     ),
@@ -192,7 +194,7 @@ REFUSED = {
         lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()),
         {},
         ValueError,
-        r"Sequential has no torch.nn.Linear to tensorize. Pass a model that has one",
+        r"Sequential has no layer to tensorize. Pass a model that has one of torch.nn.Linear",
     ),
     "modes of the first layer only": (
         mlp,
@@ -223,11 +225,48 @@ def test_a_refused_call_leaves_the_model_as_it_was(name):
     assert_untouched(model, before)
 
 
+def test_an_embedding_and_its_tied_output_stay_tied(kind):
+    model = rf.tensorize_(shared_with_embedding(), kind(3))
+    assert model["out"].weight is model["embed"].weight
+    assert set(rf.ranks(model)) == {"embed", "other"}
+    table, ids = model["embed"].weight.dense(), torch.tensor([3, 19])
+    model.eval()
+    torch.testing.assert_close(model["embed"](ids), table[ids])
+    torch.testing.assert_close(model["out"](torch.eye(12)), table.T + model["out"].bias)
+    assert rf.summary(model).dense_parameters == 20 * 12 + 20 + 12 * 12 + 12
+
+
 def test_shared_with_embedding_can_be_left_out_as_the_error_says():
     model = shared_with_embedding()
-    rf.tensorize_(model, rf.TT(3), filter_fn=lambda module, path: path != "out")
+    rf.tensorize_(model, rf.TT(3), filter_fn=lambda module, path: path not in ("out", "embed"))
     assert model["out"].weight is model["embed"].weight
     assert set(rf.ranks(model)) == {"other"}
+
+
+class Conv1D(nn.Module):
+    """Stands for the layer of that name in Hugging Face transformers: y = x @ W + b."""
+
+    def __init__(self, nf, nx):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(nx, nf))
+        self.bias = nn.Parameter(torch.randn(nf))
+
+    def forward(self, x):
+        return x @ self.weight + self.bias
+
+
+def test_conv1d_of_transformers_is_a_linear_layer_stored_transposed(kind, monkeypatch):
+    model = nn.Sequential(Conv1D(20, 12), nn.Linear(20, 3))
+    x = torch.randn(5, 12)
+    expected = model(x)
+    assert rf.ranks(rf.tensorize_(copy.deepcopy(model), kind(2))).keys() == {"1"}
+    monkeypatch.setitem(sys.modules, "transformers.pytorch_utils", types.SimpleNamespace(Conv1D=Conv1D))
+    rf.tensorize_(model, rf.TT(240), from_dense=True, posterior=rf.Point())
+    assert rf.ranks(model).keys() == {"0", "1"}
+    assert model[0].weight.shape == (20, 12)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    fresh = rf.tensorize_(nn.Sequential(Conv1D(20, 12)), kind(3))
+    assert fresh(x).shape == (5, 20)
 
 
 def test_a_converted_model_still_trains():
@@ -274,6 +313,6 @@ def test_a_weight_computed_from_others_is_refused():
         warnings.simplefilter("ignore", FutureWarning)
         nn.utils.weight_norm(model[0])
     before = fingerprint(model)
-    with pytest.raises(ValueError, match=r"'0' computes its weight from other parameters \(.*weight_g, weight_v\)"):
+    with pytest.raises(ValueError, match=r"'0': computes its weight from other parameters \(.*weight_g, weight_v\)"):
         rf.tensorize_(model, rf.TT(3))
     assert_untouched(model, before)

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layers with torch's signatures whose weight is a low-rank tensor."""
 
+from rankfall.nn._embedding import Embedding as Embedding
+from rankfall.nn._embedding import EmbeddingBag as EmbeddingBag
 from rankfall.nn._linear import Linear as Linear

@@ -26,6 +26,8 @@ _FIGURES = (
     "test_nll",
     "parameters",
     "compression",
+    "tensorized_parameters",
+    "tensorized_dense_parameters",
     "epoch_seconds_first",
     "epoch_seconds_last",
     "seconds",
@@ -43,23 +45,27 @@ class CompareOptions:
     """
 
     recipe: tyro.conf.Positional[RecipeName]
-    """What to train: digits needs nothing, mnist needs --data-dir or the Hugging Face hub."""
+    """What to train: digits needs nothing, the others --data-dir; mnist can also fetch from the Hugging Face hub."""
     data_dir: Path | None = None
     """Folder of the data set."""
+    model: str | None = None
+    """Which of the recipe's networks; mnist has mlp and lenet5, cifar10 vgg and resnet20. The first if left out."""
     format: FormatName = "ttm"
     """How the weights are held."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One run of each method per seed."""
     epochs: int | None = None
-    """Passes over the data; the recipe's own number if left out."""
+    """Passes over the data; the network's own number if left out."""
     limit: int | None = None
     """Use only so many rows, for a quick trial."""
+    length: int | None = None
+    """Tokens of each text that are read; the recipe's own number (imdb and transformer 128) if left out."""
     prior: PriorName = "half-cauchy"
     """Hyperprior of the prior scales."""
     posterior: PosteriorName = "mean-field"
     """mean-field learns a standard deviation for every entry; point saves that memory."""
     max_rank: int | None = None
-    """Rank of every bond at the start of shrinkage and evidence; the recipe's own (digits 8, mnist 20) if left out."""
+    """Rank of every bond at the start of shrinkage and evidence; the network's own (digits 8, mnist 20) if left out."""
     beta: float = 1.0
     """Weight of the KL; 1 is the evidence lower bound."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
@@ -68,13 +74,15 @@ class CompareOptions:
     @property
     def path(self) -> Path:
         """The folder of all runs."""
-        return self.out or Path("runs") / f"compare-{self.recipe}-{self.format}"
+        network = "" if self.model is None else f"-{self.model}"
+        return self.out or Path("runs") / f"compare-{self.recipe}{network}-{self.format}"
 
     def run(self, method: MethodName, seed: int, max_rank: int | None = None) -> TrainOptions:
         """The options of one run, which goes on if it was started; `max_rank` None is that of the comparison."""
         options = TrainOptions(
             recipe=self.recipe,
             data_dir=self.data_dir,
+            model=self.model,
             format=self.format,
             max_rank=self.max_rank if max_rank is None else max_rank,
             method=method,
@@ -84,6 +92,7 @@ class CompareOptions:
             epochs=self.epochs,
             seed=seed,
             limit=self.limit,
+            length=self.length,
             out=self.path / f"{method}-seed{seed}",
         )
         return replace(options, resume=RunFolder(options).config.is_file())
@@ -145,11 +154,11 @@ def compare(
 
 def rank_of_size(run: TrainOptions, parameters: int) -> int:
     """The one rank of all bonds, up to that of a run, at which the whole model is nearest to a number of parameters."""
-    recipe = RECIPES[run.recipe]
-    most = recipe.max_rank if run.max_rank is None else run.max_rank
+    network = RECIPES[run.recipe].network(run.model)
+    most = network.max_rank if run.max_rank is None else run.max_rank
 
     def distance(rank: int) -> int:
-        return abs(summary(build_model(recipe, replace(run, max_rank=rank))).parameters - parameters)
+        return abs(summary(build_model(network, replace(run, max_rank=rank))).parameters - parameters)
 
     return min(range(1, most + 1), key=distance)
 
@@ -157,7 +166,7 @@ def rank_of_size(run: TrainOptions, parameters: int) -> int:
 def _start_rank(run: TrainOptions) -> int | None:
     if run.is_dense:
         return None
-    return RECIPES[run.recipe].max_rank if run.max_rank is None else run.max_rank
+    return RECIPES[run.recipe].network(run.model).max_rank if run.max_rank is None else run.max_rank
 
 
 def _epoch_seconds(history: Sequence[Mapping[str, Any]]) -> Result:
@@ -169,7 +178,7 @@ def _epoch_seconds(history: Sequence[Mapping[str, Any]]) -> Result:
 
 
 def _content(options: CompareOptions, results: Mapping[MethodName, Sequence[Result]]) -> dict[str, Any]:
-    names = ("recipe", "format", "prior", "posterior", "beta", "limit")
+    names = ("recipe", "model", "format", "prior", "posterior", "beta", "limit", "length")
     return {
         **{name: getattr(options, name) for name in names},
         "epochs": results["dense"][0]["epochs"],

@@ -105,7 +105,8 @@ def _computed(options: TrainOptions) -> dict[str, Any]:
 
 def _default_path(options: TrainOptions) -> Path:
     held = "" if options.is_dense else f"-{options.format}"
-    first = Path("runs") / f"{options.recipe}{held}-{options.method}-seed{options.seed}"
+    network = "" if options.model is None else f"-{options.model}"
+    first = Path("runs") / f"{options.recipe}{network}{held}-{options.method}-seed{options.seed}"
     taken = [first] if first.exists() else []
     while taken and (later := first.with_name(f"{first.name}-{len(taken) + 1}")).exists():
         taken.append(later)

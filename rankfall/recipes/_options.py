@@ -12,7 +12,7 @@ from rankfall._posteriors import MeanField, Point, Posterior
 from rankfall._priors import HalfCauchy, LogUniform, Prior
 from rankfall._selection import Evidence, Shrinkage
 
-RecipeName: TypeAlias = Literal["digits", "mnist"]
+RecipeName: TypeAlias = Literal["digits", "mnist", "cifar10", "imdb", "transformer"]
 FormatName: TypeAlias = Literal["cp", "tucker", "tt", "ttm", "tr"]
 MethodName: TypeAlias = Literal["evidence", "shrinkage", "fixed", "compress", "dense"]
 PriorName: TypeAlias = Literal["half-cauchy", "log-uniform"]
@@ -31,13 +31,15 @@ class TrainOptions:
     """Train a compact network on real data and write a run folder."""
 
     recipe: tyro.conf.Positional[RecipeName]
-    """What to train: digits needs nothing, mnist needs --data-dir or the Hugging Face hub."""
+    """What to train: digits needs nothing, the others --data-dir; mnist can also fetch from the Hugging Face hub."""
     data_dir: Path | None = None
     """Folder of the data set."""
+    model: str | None = None
+    """Which of the recipe's networks; mnist has mlp and lenet5, cifar10 vgg and resnet20. The first if left out."""
     format: FormatName = "ttm"
     """How the weights are held."""
     max_rank: int | None = None
-    """Rank of every bond at the start, which training lowers; the recipe's own (digits 8, mnist 20) if left out."""
+    """Rank of every bond at the start, which training lowers; the network's own (digits 8, mnist 20) if left out."""
     method: MethodName = "evidence"
     """evidence removes the slices that do not pay for themselves, shrinkage those of small prior scale; fixed keeps all
     ranks and has no prior, compress trains the usual net for half of the epochs, decomposes its weights at the given
@@ -51,11 +53,13 @@ class TrainOptions:
     beta: float = 1.0
     """Weight of the KL; 1 is the evidence lower bound."""
     epochs: int | None = None
-    """Passes over the data; the recipe's own number if left out."""
+    """Passes over the data; the network's own number if left out."""
     seed: int = 0
     """Of the initial factors, the order of the data and the posterior's noise."""
     limit: int | None = None
     """Use only so many rows, for a quick trial."""
+    length: int | None = None
+    """Tokens of each text that are read; the recipe's own number (imdb and transformer 128) if left out."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Run folder; runs/RECIPE-FORMAT-METHOD-seedN if left out."""
     resume: bool = False
@@ -102,6 +106,8 @@ class TrainOptions:
             make_format(self.format, self.max_rank)
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"--limit must be 1 row or more, got {self.limit}.")
+        if self.length is not None and self.length < 1:
+            raise ValueError(f"--length must be 1 token or more, got {self.length}.")
         if not self.beta >= 0:
             raise ValueError(f"--beta must be 0 or more, got {self.beta}. 1 is the evidence lower bound.")
         if not 0 <= self.threshold < 1:

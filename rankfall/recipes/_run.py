@@ -5,7 +5,7 @@ import json
 import random
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,21 +13,24 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics.functional.classification import multiclass_accuracy
 
 from rankfall._checkpoint import load, save
+from rankfall._conversions import conversion_of
 from rankfall._fit import fit
 from rankfall._groups import parameter_groups
 from rankfall._ranks import ranks
 from rankfall._summary import summary
 from rankfall._tensorize import tensorize_
-from rankfall.recipes import digits, mnist
+from rankfall.recipes import cifar10, digits, imdb, mnist
+from rankfall.recipes._data import Data
 from rankfall.recipes._folder import RunFolder
+from rankfall.recipes._metrics import FIGURES, measure
 from rankfall.recipes._options import TrainOptions, make_format
-from rankfall.recipes._recipe import Data, Recipe
+from rankfall.recipes._recipe import Network, Recipe
 
-RECIPES = {recipe.name: recipe for recipe in (digits.RECIPE, mnist.RECIPE)}
-_TEST_ROWS = 5000  # Rows per forward pass when the test set is evaluated.
+_ALL = (digits.RECIPE, mnist.RECIPE, cifar10.RECIPE, imdb.RECIPE, imdb.TRANSFORMER)
+RECIPES = {recipe.name: recipe for recipe in _ALL}
+_TEST_BATCHES = 8  # Batches of training that one forward pass takes when the test set is measured.
 
 
 def train(options: TrainOptions, *, progress: bool = True) -> tuple[RunFolder, nn.Module, dict[str, Any]]:
@@ -45,42 +48,56 @@ def train(options: TrainOptions, *, progress: bool = True) -> tuple[RunFolder, n
         FileNotFoundError: If data is missing. Nothing is written then.
     """
     options.check()
+    recipe = RECIPES[options.recipe]
+    network = recipe.network(options.model)
     folder = RunFolder(options)
     folder.check()
-    recipe = RECIPES[options.recipe]
     random.seed(options.seed)
     torch.manual_seed(options.seed)
-    model = build_model(recipe, options)
+    model = build_model(network, options)
     if options.resume and folder.metrics.is_file():
         return folder, load(folder.model, model).eval(), json.loads(folder.metrics.read_text())
-    data = recipe.load(options.data_dir).limited(options.limit)
+    data = load_data(recipe, options)
     folder.open()
-    history = _fit(recipe, options, model, data, folder, progress)
+    history = _fit(network, options, model, data, folder, progress)
     folder.write_history(history)  # A run killed between its last checkpoint and the record of it lacks that one.
     save(model, folder.model)
     metrics = _metrics(options, model, history)
     folder.write("metrics.json", metrics)
-    for phase in _phases(recipe, options):
+    for phase in _phases(network, options):
         (folder.path / phase.checkpoint).unlink(missing_ok=True)
     return folder, model.eval(), metrics
 
 
-def build_model(recipe: Recipe, options: TrainOptions) -> nn.Module:
-    """The recipe's network as training starts from it: dense, or its linear layers in the chosen format."""
-    model = recipe.model()
-    return model if options.starts_dense else to_format(model, recipe, options)
+def load_data(recipe: Recipe, options: TrainOptions) -> Data:
+    """The rows that a run learns from and is measured with.
+
+    Raises:
+        ValueError: If data is damaged, or `--length` is given for something other than texts.
+        FileNotFoundError: If data is missing.
+    """
+    if options.length is not None and recipe.length is None:
+        raise ValueError(f"--length is for texts, and {recipe.name} has none. Leave it out.")
+    return recipe.load(options.data_dir).limited(options.limit).cut(options.length or recipe.length)
 
 
-def to_format(model: nn.Module, recipe: Recipe, options: TrainOptions, *, from_dense: bool = False) -> nn.Module:
-    """Brings the linear layers of a recipe's network into the chosen format, in place; afresh, or as they are."""
-    prior, posterior = options.make_prior(), options.make_posterior()
-    rank = recipe.max_rank if options.max_rank is None else options.max_rank
-    convert = partial(tensorize_, prior=prior, posterior=posterior, from_dense=from_dense)
-    special = recipe.paired_modes if options.format == "ttm" else {}
-    for path, modes in special.items():
-        held = make_format(options.format, rank, modes)
+def build_model(network: Network, options: TrainOptions) -> nn.Module:
+    """A recipe's network as training starts from it: dense, or its weights in the chosen format."""
+    model = network.make()
+    return model if options.starts_dense else to_format(model, network, options)
+
+
+def to_format(model: nn.Module, network: Network, options: TrainOptions, *, from_dense: bool = False) -> nn.Module:
+    """Brings the weights of a recipe's network into the chosen format, in place; afresh, or as they are."""
+    rank = network.max_rank if options.max_rank is None else options.max_rank
+    convert = partial(tensorize_, prior=options.make_prior(), posterior=options.make_posterior(), from_dense=from_dense)
+    modes = network.modes if options.format == "ttm" else {}
+    for path, of_layer in modes.items():
+        held = make_format(options.format, rank, of_layer)
         convert(model, held, filter_fn=lambda _, p, path=path: p == path)
-    return convert(model, make_format(options.format, rank))
+    if any(conversion_of(module) for module in model.modules()):
+        convert(model, make_format(options.format, rank))
+    return model
 
 
 @dataclass(frozen=True)
@@ -98,11 +115,11 @@ class _Phase:
     prepare: Callable[[nn.Module], object] = lambda model: model
 
 
-def _phases(recipe: Recipe, options: TrainOptions) -> list[_Phase]:
-    epochs = options.epochs or recipe.epochs
+def _phases(network: Network, options: TrainOptions) -> list[_Phase]:
+    epochs = options.epochs or network.epochs
     if options.method != "compress":
         return [_Phase("checkpoint.pt", epochs)]
-    decompose = partial(to_format, recipe=recipe, options=options, from_dense=True)
+    decompose = partial(to_format, network=network, options=options, from_dense=True)
     return [
         _Phase("checkpoint.pt", epochs - epochs // 2),
         _Phase("checkpoint-factors.pt", epochs // 2, decompose),
@@ -110,23 +127,23 @@ def _phases(recipe: Recipe, options: TrainOptions) -> list[_Phase]:
 
 
 def _fit(
-    recipe: Recipe, options: TrainOptions, model: nn.Module, data: Data, folder: RunFolder, progress: bool
+    network: Network, options: TrainOptions, model: nn.Module, data: Data, folder: RunFolder, progress: bool
 ) -> list[dict[str, Any]]:
     history: list[dict[str, Any]] = []
-    for phase in _phases(recipe, options):
+    for phase in _phases(network, options):
         started = time.perf_counter()
         phase.prepare(model)
         joined = partial(_joined, history, time.perf_counter() - started)
         records = fit(
             model,
-            data.batches(recipe.batch_size),
+            data.batches(network.batch_size),
             _cross_entropy,
-            optimizer=torch.optim.Adam(parameter_groups(model, recipe.lr)),
+            optimizer=torch.optim.Adam(parameter_groups(model, network.lr)),
             epochs=phase.epochs,
             num_data=len(data.train[0]),
             beta=options.beta if options.shrinks else 0.0,
             selection=options.make_selection(),
-            evaluate=lambda: _test(model, data.test),
+            evaluate=lambda: measure(model, data, _TEST_BATCHES * network.batch_size),
             on_epoch=lambda records, joined=joined: folder.write_history(joined(records)),
             checkpoint=folder.path / phase.checkpoint,
             progress=progress,
@@ -146,29 +163,23 @@ def _cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
 
-def _test(model: nn.Module, rows: tuple[Tensor, Tensor]) -> Mapping[str, float]:
-    device = next(model.parameters()).device
-    logits = torch.cat([model(part.to(device)) for part in rows[0].split(_TEST_ROWS)])
-    labels = rows[1].to(device)
-    accuracy = multiclass_accuracy(logits, labels, num_classes=logits.shape[1], average="micro")
-    return {"test_accuracy": float(accuracy), "test_nll": float(F.cross_entropy(logits, labels))}
-
-
 def _metrics(options: TrainOptions, model: nn.Module, history: list[dict[str, Any]]) -> dict[str, Any]:
     counts, last = summary(model), history[-1]
     return {
         "recipe": options.recipe,
+        "model": options.model or RECIPES[options.recipe].usual,
         "format": None if options.is_dense else options.format,
         "prior": options.prior if options.shrinks else None,
         "posterior": options.posterior if options.shrinks else None,
         "method": options.method,
         "seed": options.seed,
         "epochs": len(history),
-        "test_accuracy": last["test_accuracy"],
-        "test_nll": last["test_nll"],
+        **{name: last[name] for name in FIGURES},
         "parameters": counts.parameters,
         "dense_parameters": counts.dense_parameters,
         "compression": counts.compression,
+        "tensorized_parameters": sum(layer.parameters for layer in counts.layers),
+        "tensorized_dense_parameters": sum(layer.dense_parameters for layer in counts.layers),
         "ranks": ranks(model),
         "seconds": sum(record["seconds"] for record in history),
         # Linux counts kibibytes; the highest mark of the process, data and libraries included.

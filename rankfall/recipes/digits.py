@@ -8,7 +8,8 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
 
-from rankfall.recipes._recipe import Data, Recipe
+from rankfall.recipes._data import Data
+from rankfall.recipes._recipe import Network, Recipe
 
 
 def _load(data_dir: Path | None) -> Data:
@@ -21,17 +22,8 @@ def _load(data_dir: Path | None) -> Data:
     return Data((train_x, train_y), (test_x, test_y))
 
 
-def _model() -> nn.Module:
+def _mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
 
 
-RECIPE = Recipe(
-    "digits",
-    _load,
-    _model,
-    epochs=150,
-    batch_size=32,
-    lr=1e-3,
-    max_rank=8,
-    paired_modes={},
-)
+RECIPE = Recipe("digits", _load, {"mlp": Network(_mlp, epochs=150, batch_size=32, lr=1e-3, max_rank=8)})

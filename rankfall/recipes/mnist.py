@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MNIST with a network of one hidden layer, 784-512-10, the sizes of arXiv 2010.08689."""
+"""MNIST: a network of one hidden layer, 784-512-10, the sizes of arXiv 2010.08689, and LeNet-5."""
 
 import gzip
 import importlib
@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rankfall.recipes._recipe import Data, Recipe
+from rankfall.recipes._data import Data
+from rankfall.recipes._recipe import Network, Recipe
 
 _MEAN, _STD = 0.1307, 0.3081
 _PREFIXES = {"train": "train", "test": "t10k"}
@@ -102,18 +103,42 @@ def _from_hub(part: str) -> tuple[Tensor, Tensor]:
     return _normalised(images), torch.tensor(rows["label"], dtype=torch.int64)
 
 
-def _model() -> nn.Module:
+def _mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(784, 512), nn.ReLU(), nn.Dropout(0.1), nn.Linear(512, 10))
+
+
+def _lenet5() -> nn.Module:
+    """The convolutional network of LeCun et al., Proceedings of the IEEE 1998, as Caffe's widths made it usual."""
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 28, 28)),
+        nn.Conv2d(1, 20, 5),
+        nn.MaxPool2d(2),
+        nn.ReLU(),
+        nn.Conv2d(20, 50, 5),
+        nn.MaxPool2d(2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(800, 500),
+        nn.ReLU(),
+        nn.Dropout(0.1),
+        nn.Linear(500, 10),
+    )
 
 
 RECIPE = Recipe(
     "mnist",
     _load,
-    _model,
-    epochs=100,
-    batch_size=128,
-    lr=1e-3,
-    max_rank=20,
-    # Seven rows, a row, seven columns, a column: the modes follow the picture.
-    paired_modes={"0": ((4, 4, 8, 4), (4, 7, 4, 7))},
+    {
+        "mlp": Network(
+            _mlp,
+            epochs=100,
+            batch_size=128,
+            lr=1e-3,
+            max_rank=20,
+            # Seven rows, a row, a column, seven columns: the modes follow the picture. The large modes stand at the
+            # ends, where a factor has one bond and not two.
+            modes={"0": ((8, 4, 2, 8), (7, 4, 4, 7))},
+        ),
+        "lenet5": Network(_lenet5, epochs=50, batch_size=128, lr=1e-3, max_rank=20),
+    },
 )

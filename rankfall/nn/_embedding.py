@@ -1,0 +1,357 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Embeddings: rows of a low-rank table, alone or reduced over bags."""
+
+from typing import Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from rankfall._formats import Format
+from rankfall._lookup import lookup
+from rankfall._posteriors import Posterior
+from rankfall._priors import Prior
+from rankfall._tensor import LowRankTensor
+
+_Device: TypeAlias = torch.device | str | None
+_STD = 1.0  # torch starts its embeddings from N(0, 1).
+
+
+class Embedding(nn.Module):
+    """Row `id` of W for every id, W (num_embeddings x embedding_dim) a low-rank tensor; torch.nn.Embedding otherwise.
+
+    Row ids become one digit per row mode. Each distinct id of a call is computed once, so time and memory grow with
+    the distinct ids and never with the table; gradients reach the factors densely, for they are small. In train mode
+    W is one draw from the posterior per call, in eval mode its mean.
+
+    Example:
+        >>> table = rf.nn.Embedding(10_131_227, 128, format=rf.TTM(16, out_modes=(200, 220, 250), in_modes=(4, 4, 8)))
+        >>> table(torch.tensor([[3, 10_131_226], [3, 0]])).shape, sum(f.numel() for f in table.weight.factors)
+        (torch.Size([2, 2, 128]), 270080)
+
+    Args:
+        num_embeddings: Number of rows. Any number: a prime is padded, and ids of padded rows are refused.
+        embedding_dim: Width of a row.
+        padding_idx: An id whose row is zeros and learns nothing. (W itself has no row of its own to hold at zero, so
+            weight.dense() has other numbers there.)
+        format: rf.CP, rf.Tucker, rf.TT, rf.TTM or rf.TR.
+        prior: The hyperprior of the prior scales, rf.HalfCauchy() by default.
+        posterior: rf.MeanField() by default, or rf.Point().
+        device: As for torch.nn.Embedding.
+        dtype: As for torch.nn.Embedding.
+
+    Raises:
+        ValueError: If the format cannot take the shape, or `padding_idx` is no row; in forward, if ids are no integers.
+        IndexError: In forward, if an id is no row.
+
+    Attributes:
+        weight: The rf.LowRankTensor.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        *,
+        format: Format,
+        prior: Prior | None = None,
+        posterior: Posterior | None = None,
+        device: _Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.padding_idx = _checked_padding(padding_idx, num_embeddings)
+        self.weight = _table(num_embeddings, embedding_dim, format, prior, posterior, device, dtype)
+
+    @classmethod
+    def from_dense(
+        cls, module: nn.Embedding, *, format: Format, prior: Prior | None = None, posterior: Posterior | None = None
+    ) -> "Embedding":
+        """The layer that reads what `module` reads, as well as `max_rank` allows.
+
+        Example:
+            >>> rf.nn.Embedding.from_dense(nn.Embedding(30, 8), format=rf.TT(8)).num_embeddings
+            30
+
+        Args:
+            module: A torch.nn.Embedding; its weight stays as it is.
+            format: As for the class.
+            prior: As for the class.
+            posterior: As for the class.
+
+        Raises:
+            ValueError: If `module` has max_norm or scale_grad_by_freq, which act on rows of their own.
+        """
+        check_rows_are_plain(module)
+        return cls.around(LowRankTensor.from_dense(module.weight, format, prior=prior, posterior=posterior), module)
+
+    @classmethod
+    def around(cls, weight: LowRankTensor, module: nn.Embedding) -> "Embedding":
+        """A layer of a weight that is already there, with the padding of a torch.nn.Embedding.
+
+        Example:
+            >>> rf.nn.Embedding.around(rf.LowRankTensor((20, 12), rf.TTM(4)), nn.Embedding(20, 12, 3)).padding_idx
+            3
+
+        Args:
+            weight: A low-rank tensor of two axes, (num_embeddings, embedding_dim).
+            module: Where padding_idx is taken from.
+        """
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self.padding_idx, self.weight = module.padding_idx, weight
+        return self
+
+    @property
+    def num_embeddings(self) -> int:
+        """Number of rows."""
+        return self.weight.shape[0]
+
+    @property
+    def embedding_dim(self) -> int:
+        """Width of a row."""
+        return self.weight.shape[1]
+
+    def forward(self, input: Int[Tensor, "*ids"]) -> Float[Tensor, "*ids embedding_dim"]:
+        """The rows of the ids."""
+        distinct, places = _distinct(self.weight, input, "Embedding")
+        rows = lookup(self.weight.layout, self.weight.drawn(), distinct)
+        if self.padding_idx is not None:
+            rows = rows.masked_fill((distinct == self.padding_idx).unsqueeze(1), 0.0)
+        return F.embedding(places, rows)
+
+    def __repr__(self) -> str:
+        padding = "" if self.padding_idx is None else f"padding_idx={self.padding_idx}, "
+        return f"Embedding({self.num_embeddings}, {self.embedding_dim}, {padding}{self.weight.describe()})"
+
+
+class EmbeddingBag(nn.Module):
+    """Sum or mean of the rows of each bag of ids, W a low-rank tensor; torch.nn.EmbeddingBag otherwise.
+
+    Each distinct id of a call is computed once, whatever the number of bags that hold it; see `Embedding`.
+
+    Example:
+        >>> table = rf.nn.EmbeddingBag(1000, 16, mode="sum", format=rf.TT(max_rank=8))
+        >>> table(torch.tensor([3, 7, 7, 999]), offsets=torch.tensor([0, 3])).shape
+        torch.Size([2, 16])
+
+    Args:
+        num_embeddings: Number of rows.
+        embedding_dim: Width of a row.
+        mode: "mean" or "sum"; an empty bag is zeros.
+        padding_idx: An id that is left out of every bag.
+        include_last_offset: Whether `offsets` ends with the number of ids.
+        format: rf.CP, rf.Tucker, rf.TT, rf.TTM or rf.TR.
+        prior: The hyperprior of the prior scales, rf.HalfCauchy() by default.
+        posterior: rf.MeanField() by default, or rf.Point().
+        device: As for torch.nn.EmbeddingBag.
+        dtype: As for torch.nn.EmbeddingBag.
+
+    Raises:
+        ValueError: If the format cannot take the shape, `mode` is another, or `padding_idx` is no row; in forward, if
+            ids are no integers, or offsets do not rise from 0 to the number of ids at most.
+        IndexError: In forward, if an id is no row.
+
+    Attributes:
+        weight: The rf.LowRankTensor.
+    """
+
+    def __init__(  # noqa: PLR0913  torch's own signature
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        mode: Literal["mean", "sum"] = "mean",
+        padding_idx: int | None = None,
+        include_last_offset: bool = False,
+        *,
+        format: Format,
+        prior: Prior | None = None,
+        posterior: Posterior | None = None,
+        device: _Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.mode, self.include_last_offset = _checked_mode(mode), include_last_offset
+        self.padding_idx = _checked_padding(padding_idx, num_embeddings)
+        self.weight = _table(num_embeddings, embedding_dim, format, prior, posterior, device, dtype)
+
+    @classmethod
+    def from_dense(
+        cls, module: nn.EmbeddingBag, *, format: Format, prior: Prior | None = None, posterior: Posterior | None = None
+    ) -> "EmbeddingBag":
+        """The layer that reads what `module` reads, as well as `max_rank` allows.
+
+        Example:
+            >>> rf.nn.EmbeddingBag.from_dense(nn.EmbeddingBag(30, 8, mode="sum"), format=rf.TT(8)).mode
+            'sum'
+
+        Args:
+            module: A torch.nn.EmbeddingBag; its weight stays as it is.
+            format: As for the class.
+            prior: As for the class.
+            posterior: As for the class.
+
+        Raises:
+            ValueError: If `module` has max_norm or scale_grad_by_freq, which act on rows of their own, or mode "max".
+        """
+        check_rows_are_plain(module)
+        return cls.around(LowRankTensor.from_dense(module.weight, format, prior=prior, posterior=posterior), module)
+
+    @classmethod
+    def around(cls, weight: LowRankTensor, module: nn.EmbeddingBag) -> "EmbeddingBag":
+        """A layer of a weight that is already there, with the options of a torch.nn.EmbeddingBag.
+
+        Example:
+            >>> rf.nn.EmbeddingBag.around(rf.LowRankTensor((20, 12), rf.TTM(4)), nn.EmbeddingBag(20, 12)).mode
+            'mean'
+
+        Args:
+            weight: A low-rank tensor of two axes, (num_embeddings, embedding_dim).
+            module: Where mode, padding_idx and include_last_offset are taken from.
+
+        Raises:
+            ValueError: If the mode is "max".
+        """
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self.mode, self.include_last_offset = _checked_mode(module.mode), module.include_last_offset
+        self.padding_idx, self.weight = module.padding_idx, weight
+        return self
+
+    @property
+    def num_embeddings(self) -> int:
+        """Number of rows."""
+        return self.weight.shape[0]
+
+    @property
+    def embedding_dim(self) -> int:
+        """Width of a row."""
+        return self.weight.shape[1]
+
+    def forward(
+        self,
+        input: Int[Tensor, "*ids"],
+        offsets: Int[Tensor, " bags"] | None = None,
+        per_sample_weights: Float[Tensor, "*ids"] | None = None,
+    ) -> Float[Tensor, "bags embedding_dim"]:
+        """The reduced rows of each bag.
+
+        Args:
+            input: Ids, shape (n,) with `offsets`, or (bags, n) for bags of one size.
+            offsets: Where each bag begins in a one-dimensional `input`.
+            per_sample_weights: A weight for each id, of the shape of `input`, with mode "sum".
+        """
+        _check_offsets(self.weight, input, offsets, self.include_last_offset)
+        distinct, places = _distinct(self.weight, input, "EmbeddingBag")
+        rows = lookup(self.weight.layout, self.weight.drawn(), distinct)
+        weights = per_sample_weights if per_sample_weights is None else per_sample_weights.to(rows.dtype)
+        return F.embedding_bag(
+            places,
+            rows,
+            offsets if offsets is None else offsets.to(places.dtype),
+            mode=self.mode,
+            per_sample_weights=weights,
+            include_last_offset=self.include_last_offset,
+            padding_idx=_place_of(self.padding_idx, distinct),
+        )
+
+    def __repr__(self) -> str:
+        return f"EmbeddingBag({self.num_embeddings}, {self.embedding_dim}, {self.mode!r}, {self.weight.describe()})"
+
+
+def check_rows_are_plain(module: nn.Embedding | nn.EmbeddingBag) -> None:
+    """Refuses options of torch's that act on rows as parameters of their own.
+
+    Raises:
+        ValueError: If max_norm or scale_grad_by_freq is set.
+    """
+    for option in ("max_norm", "scale_grad_by_freq"):
+        if getattr(module, option):
+            raise ValueError(
+                f"{option} acts on each row as a parameter of its own, and the rows of a low-rank table share theirs. "
+                f"Make the {type(module).__name__} without {option}."
+            )
+
+
+def _table(
+    rows: int,
+    width: int,
+    format: Format,
+    prior: Prior | None,
+    posterior: Posterior | None,
+    device: _Device,
+    dtype: torch.dtype | None,
+) -> LowRankTensor:
+    return LowRankTensor(
+        (rows, width), format, prior=prior, posterior=posterior, initial_std=_STD, device=device, dtype=dtype
+    )
+
+
+def _checked_padding(padding_idx: int | None, rows: int) -> int | None:
+    if padding_idx is None:
+        return None
+    if not -rows <= padding_idx < rows:
+        raise ValueError(f"padding_idx must be a row, from {-rows} to {rows - 1}, got {padding_idx}.")
+    return padding_idx % rows
+
+
+def _checked_mode(mode: str) -> Literal["mean", "sum"]:
+    if mode not in ("mean", "sum"):
+        raise ValueError(
+            f"mode must be 'mean' or 'sum', got {mode!r}. Use rf.nn.Embedding and reduce its rows yourself."
+        )
+    return mode  # pyright: ignore[reportReturnType]
+
+
+def _named(weight: LowRankTensor, kind: str) -> str:
+    return repr(weight.path) if weight.path else kind
+
+
+def _distinct(weight: LowRankTensor, ids: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """The distinct ids in order, and the place of each id among them."""
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{_named(weight, kind)} takes ids of type int64 or int32, got {ids.dtype}. Call ids.long().")
+    if not ids.numel():
+        return ids.new_zeros(1), ids  # One row, so that there is a table to read nothing from.
+    distinct, places = torch.unique(ids, return_inverse=True)
+    # unique has waited for the device already.
+    low, high = int(distinct[0]), int(distinct[-1])
+    if low < 0 or high >= weight.shape[0]:
+        raise IndexError(
+            f"{_named(weight, kind)} has {weight.shape[0]} rows, but ids go from {low} to {high}. "
+            "Make the table as large as the vocabulary, or map unknown ids to one of its rows."
+        )
+    return distinct, places
+
+
+def _place_of(padding_idx: int | None, distinct: Tensor) -> int | None:
+    if padding_idx is None:
+        return None
+    place = int(torch.searchsorted(distinct, padding_idx))
+    return place if place < len(distinct) and int(distinct[place]) == padding_idx else None
+
+
+def _check_offsets(weight: LowRankTensor, ids: Tensor, offsets: Tensor | None, with_last: bool) -> None:
+    name = _named(weight, "EmbeddingBag")
+    if ids.dim() not in (1, 2):
+        raise ValueError(f"{name} takes ids of shape (n,) or (bags, n), got {tuple(ids.shape)}.")
+    if (offsets is None) != (ids.dim() == 2):
+        what = (
+            "needs offsets: where each bag begins" if ids.dim() == 1 else "has bags of one size, so leave out offsets"
+        )
+        raise ValueError(f"{name}: ids of shape {tuple(ids.shape)}: {what}.")
+    if offsets is None:
+        return
+    if offsets.dim() != 1 or offsets.dtype not in (torch.int64, torch.int32) or (with_last and not len(offsets)):
+        raise ValueError(
+            f"{name}: offsets must be integers of shape (bags,), got {offsets.dtype} {tuple(offsets.shape)}."
+        )
+    if offsets.device.type != "cpu" or not len(offsets):
+        return  # torch does not look at them on a device either: it would have to wait.
+    if int(offsets[0]) != 0 or int(offsets[-1]) > len(ids) or bool((offsets.diff() < 0).any()):
+        raise ValueError(
+            f"{name}: offsets must begin with 0, never fall, and end at {len(ids)} ids at most, "
+            f"got {', '.join(map(str, offsets[:8].tolist()))}{', ...' if len(offsets) > 8 else ''}."
+        )

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of a data set in memory, and the batches that they are given out in."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
+
+Rows: TypeAlias = tuple[Tensor, Tensor]
+
+PADDING = 0
+"""The id of the token that fills up short texts."""
+
+_BATCHES_SORTED = 50  # Texts of so many batches are sorted by length together: little padding, and still a mix.
+
+
+@dataclass(frozen=True)
+class Data:
+    """Inputs and class labels, all in memory.
+
+    Attributes:
+        train: (inputs, labels) to learn from.
+        test: (inputs, labels) to measure with.
+        augment: Changes the inputs of a training batch at random.
+        texts: Whether inputs are token ids, filled up with PADDING: batches are then of similar length, and cut to
+            their longest text.
+    """
+
+    train: Rows
+    test: Rows
+    augment: Callable[[Tensor], Tensor] | None = None
+    texts: bool = False
+
+    def limited(self, rows: int | None) -> "Data":
+        """The first `rows` training rows, and as many for testing; None keeps all."""
+        first = slice(rows)
+        return replace(self, train=_first(self.train, first), test=_first(self.test, first))
+
+    def cut(self, length: int | None) -> "Data":
+        """Texts cut to so many tokens; None keeps them."""
+        if length is None:
+            return self
+        (train, train_labels), (test, test_labels) = self.train, self.test
+        return replace(self, train=(train[:, :length], train_labels), test=(test[:, :length], test_labels))
+
+    def batches(self, size: int) -> DataLoader:
+        """Shuffled batches of the training rows, each gathered by one indexing."""
+        return self._loader(self.train, size, shuffled=True, augment=self.augment)
+
+    def test_batches(self, size: int) -> DataLoader:
+        """Batches of the test rows."""
+        return self._loader(self.test, size, shuffled=False, augment=None)
+
+    def _loader(
+        self, rows: Rows, size: int, *, shuffled: bool, augment: Callable[[Tensor], Tensor] | None
+    ) -> DataLoader:
+        gathered = _Gathered(rows, self.texts, augment)
+        order = RandomSampler(gathered) if shuffled else SequentialSampler(gathered)
+        sampler = (
+            _OfSimilarLength(order, size, gathered.lengths, size * _BATCHES_SORTED if shuffled else len(gathered))
+            if self.texts
+            else BatchSampler(order, size, drop_last=False)
+        )
+        return DataLoader(gathered, sampler=sampler, batch_size=None)
+
+
+def _first(rows: Rows, which: slice) -> Rows:
+    return rows[0][which], rows[1][which]
+
+
+class _Gathered(Dataset[Rows]):
+    """Rows that are asked for by the batch; texts are cut to the longest of it."""
+
+    def __init__(self, rows: Rows, texts: bool, augment: Callable[[Tensor], Tensor] | None) -> None:
+        self.rows, self.augment = rows, augment
+        self.lengths = (rows[0] != PADDING).sum(1).tolist() if texts else []
+
+    def __len__(self) -> int:
+        return len(self.rows[0])
+
+    def __getitem__(self, which: list[int]) -> Rows:
+        inputs, labels = self.rows[0][which], self.rows[1][which]
+        if self.lengths:
+            inputs = inputs[:, : max(1, *(self.lengths[k] for k in which))].long()
+        return (inputs if self.augment is None else self.augment(inputs)), labels
+
+
+class _OfSimilarLength(Sampler[list[int]]):
+    """Batches of texts of similar length: `chunk` rows are sorted at a time, and their batches shuffled."""
+
+    def __init__(self, order: Sampler[int], size: int, lengths: Sequence[int], chunk: int) -> None:
+        self.order, self.size, self.lengths, self.chunk = order, size, lengths, chunk
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.lengths) / self.size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rows, batches = list(self.order), []
+        for start in range(0, len(rows), self.chunk):
+            alike = sorted(rows[start : start + self.chunk], key=self.lengths.__getitem__)
+            batches += [alike[k : k + self.size] for k in range(0, len(alike), self.size)]
+        places = torch.randperm(len(batches)).tolist() if self.chunk < len(rows) else range(len(batches))
+        return iter([batches[k] for k in places])

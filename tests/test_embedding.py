@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Embeddings against F.embedding and F.embedding_bag on a table that shares no code with the library."""
+
+import copy
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import rankfall as rf
+from laws import close, drawn, make, naive_dense
+from rankfall import _lookup
+from rankfall._lookup import digits, forms_table, lookup
+
+SHAPES = [(30, 8), (97, 6), (7, 1), (250, 12)]
+SEED = 3
+
+
+def gradients_match(actual, expected, leaves):
+    direction = torch.randn_like(expected)
+    close(actual, expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(actual, leaves, direction, allow_unused=True, materialize_grads=True),
+        torch.autograd.grad(expected, leaves, direction, allow_unused=True, materialize_grads=True),
+        strict=True,
+    ):
+        close(ours, theirs)
+
+
+def layer_around(weight, cls=rf.nn.Embedding, **options):
+    dense = (nn.Embedding if cls is rf.nn.Embedding else nn.EmbeddingBag)(*weight.shape, device="meta", **options)
+    return cls.around(weight, dense)
+
+
+def check_rows(t, ids):
+    layer = layer_around(t)
+    for mode in (layer.train(), layer.eval()):
+        expected = F.embedding(ids, naive_dense(t, drawn(t, SEED)))
+        torch.manual_seed(SEED)
+        gradients_match(mode(ids), expected, [*t.factors, *(t.log_stds if t.training else [])])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rows_are_those_of_the_dense_table(kind, shape, posterior):
+    t = make(kind(4), shape, posterior=posterior)
+    check_rows(t, torch.randint(shape[0], (5, 4)))
+    check_rows(t, torch.tensor([0, shape[0] - 1], dtype=torch.int32))
+    check_rows(t, torch.randint(shape[0], ()))
+    check_rows(t, torch.zeros(0, 3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("forms", [True, False])
+def test_both_ways_give_the_same_rows(kind, forms, monkeypatch):
+    monkeypatch.setattr(_lookup, "forms_table", lambda *_: forms)
+    for shape in SHAPES:
+        check_rows(make(kind(3), shape), torch.randint(shape[0], (40,)))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(2, 400),
+    width=st.integers(2, 20),
+    rank=st.integers(1, 5),
+    ids=st.lists(st.integers(0, 10**6), min_size=1, max_size=30),
+    which=st.sampled_from([rf.CP, rf.Tucker, rf.TT, rf.TTM, rf.TR]),
+)
+def test_any_vocabulary(rows, width, rank, ids, which):
+    t = make(which(rank), (rows, width))
+    check_rows(t, torch.tensor(ids) % rows)
+
+
+def test_a_rank_of_zero_gives_zeros(kind):
+    t = make(kind(3), (30, 8), posterior=rf.Point())
+    t.keep_slices_(next(iter(t.ranks)), torch.zeros(0, dtype=torch.int64))
+    assert torch.equal(layer_around(t)(torch.tensor([3, 4])), torch.zeros(2, 8, dtype=torch.float64))
+
+
+@given(rows=st.integers(0, 2**62), modes=st.lists(st.integers(1, 1000), min_size=1, max_size=6))
+def test_digits_make_the_number_again(rows, modes):
+    size = 1
+    for mode in modes:
+        size *= mode
+    number = rows % min(size, 2**62)
+    value = 0
+    for digit, mode in zip(digits(torch.tensor([number]), modes), modes, strict=True):
+        assert 0 <= int(digit) < mode
+        value = value * mode + int(digit)
+    assert value == number
+
+
+def test_cost_grows_with_the_distinct_ids_and_not_with_the_table():
+    layouts = [
+        rf.TTM(16, out_modes=modes, in_modes=(4, 4, 8)).layout((rows, 128))
+        for rows, modes in ((1000, (10, 10, 10)), (10_131_227, (200, 220, 250)))
+    ]
+    plans = [_lookup.lookup_plan(layout, layout.factor_shapes({"r1": 16, "r2": 16}), 500) for layout in layouts]
+    assert plans[0].flops == plans[1].flops
+    few = _lookup.lookup_plan(layouts[1], layouts[1].factor_shapes({"r1": 16, "r2": 16}), 5)
+    assert few.cost * 50 < plans[1].cost
+
+
+def test_a_table_beyond_memory_is_read_at_its_last_rows():
+    rows = 10_131_227
+    table = rf.nn.Embedding(rows, 128, format=rf.TTM(4, out_modes=(200, 220, 250), in_modes=(4, 4, 8))).eval()
+    ids = torch.tensor([rows - 1, 2**23 + 1, 0])
+    f1, f2, f3 = table.weight.factors
+    for place, row in enumerate(ids.tolist()):
+        first, second, third = row // (220 * 250), row // 250 % 220, row % 250
+        expected = torch.einsum("xa,ayb,bz->xyz", f1[first], f2[:, second], f3[:, third]).flatten()
+        torch.testing.assert_close(table(ids)[place], expected)
+
+
+def test_the_cheap_way_is_found(kind):
+    layout = kind(4).layout((250, 12))
+    shapes = layout.factor_shapes(kind(4).start_ranks(layout))
+    assert not forms_table(layout, shapes, 1)
+    assert forms_table(layout, shapes, 100_000)
+
+
+def test_gradients_are_dense_and_padding_learns_nothing(kind):
+    t = make(kind(3), (30, 8))
+    ids = torch.tensor([[3, 5], [3, 29]])
+    layer = layer_around(t, padding_idx=3).eval()
+    table = naive_dense(t, t.factors)
+    expected = F.embedding(ids, table.index_fill(0, torch.tensor([3]), 0.0))
+    assert torch.equal(layer(ids)[:, 0], torch.zeros(2, 8, dtype=torch.float64))
+    gradients_match(layer(ids), expected, list(t.factors))
+    layer(ids).sum().backward()
+    assert all(f.grad.layout is torch.strided for f in t.factors)
+
+
+BAGS = {
+    "one bag each": torch.tensor([0, 1, 2, 3, 4, 5]),
+    "two bags": torch.tensor([0, 4]),
+    "empty bags": torch.tensor([0, 0, 3, 3, 6]),
+    "ends with a bag that is empty": torch.tensor([0, 2, 6]),
+}
+
+
+@pytest.mark.parametrize("offsets", BAGS.values(), ids=BAGS)
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+@pytest.mark.parametrize("padding_idx", [None, 5, 11])
+def test_bags_are_those_of_the_dense_table(kind, mode, offsets, padding_idx):
+    t = make(kind(4), (30, 8))
+    ids = torch.tensor([3, 5, 5, 29, 0, 3])
+    for last in (False, True):
+        layer = layer_around(t, rf.nn.EmbeddingBag, mode=mode, padding_idx=padding_idx, include_last_offset=last)
+        for _ in (layer.train(), layer.eval()):
+            bounds = torch.cat([offsets, torch.tensor([6])]) if last else offsets
+            table = naive_dense(t, drawn(t, SEED))
+            expected = F.embedding_bag(ids, table, bounds, mode=mode, padding_idx=padding_idx, include_last_offset=last)
+            torch.manual_seed(SEED)
+            gradients_match(layer(ids, bounds), expected, [*t.factors, *(t.log_stds if t.training else [])])
+
+
+def test_bags_of_one_size_and_weights(kind):
+    t = make(kind(4), (30, 8))
+    ids = torch.randint(30, (3, 4))
+    mean = layer_around(t, rf.nn.EmbeddingBag).eval()
+    gradients_match(mean(ids), F.embedding_bag(ids, naive_dense(t, t.factors)), list(t.factors))
+    weights = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    total = layer_around(t, rf.nn.EmbeddingBag, mode="sum").eval()
+    expected = F.embedding_bag(ids, naive_dense(t, t.factors), mode="sum", per_sample_weights=weights)
+    gradients_match(total(ids, per_sample_weights=weights), expected, [weights, *t.factors])
+
+
+def test_no_ids_at_all(kind):
+    layer = rf.nn.EmbeddingBag(30, 8, format=kind(3))
+    none = torch.zeros(0, dtype=torch.int64)
+    assert torch.equal(layer(none, torch.zeros(2, dtype=torch.int64)), torch.zeros(2, 8))
+    assert layer(none, none).shape == (0, 8)
+
+
+@pytest.mark.parametrize("cls", [rf.nn.Embedding, rf.nn.EmbeddingBag])
+def test_from_dense_reads_the_same(kind, cls):
+    dense = (nn.Embedding if cls is rf.nn.Embedding else nn.EmbeddingBag)(24, 6, dtype=torch.float64)
+    layer = cls.from_dense(dense, format=kind(150), posterior=rf.Point())
+    ids = torch.randint(24, (5, 3))
+    if kind is not rf.CP:  # Alternating least squares stops near, not at, a random table.
+        close(layer(ids), dense(ids), 1e-8)
+    assert layer.num_embeddings == 24
+    assert layer.embedding_dim == 6
+
+
+def test_entries_start_with_the_variance_of_torch():
+    for layer in (rf.nn.Embedding(512, 64, format=rf.TT(8)), rf.nn.EmbeddingBag(512, 64, format=rf.TTM(8))):
+        torch.testing.assert_close(layer.weight.dense().square().mean(), torch.tensor(1.0))
+
+
+def test_only_the_weight_has_state(kind):
+    layer = rf.nn.EmbeddingBag(30, 8, mode="sum", padding_idx=2, format=kind(3))
+    assert all(key.startswith(("weight.factors.", "weight.log_stds.")) for key in layer.state_dict())
+    other = copy.deepcopy(layer).eval()
+    ids = torch.randint(30, (2, 5))
+    assert torch.equal(other(ids), layer.eval()(ids))
+    assert "TT" in repr(layer) or "ranks=" in repr(layer)
+
+
+def message(error, text, call):
+    with pytest.raises(error, match=re.escape(text)):
+        call()
+
+
+def test_errors_name_the_layer():
+    table = rf.nn.Embedding(30, 8, format=rf.TT(3))
+    bag = rf.nn.EmbeddingBag(30, 8, format=rf.TT(3))
+    model = rf.tensorize_(nn.Sequential(nn.Embedding(30, 8)), rf.TT(3))
+    message(IndexError, "'0' has 30 rows, but ids go from 4 to 30.", lambda: model(torch.tensor([30, 4])))
+    message(IndexError, "Embedding has 30 rows, but ids go from -1 to 2.", lambda: table(torch.tensor([-1, 2])))
+    message(ValueError, "Embedding takes ids of type int64 or int32, got torch.float32.", lambda: table(torch.ones(2)))
+    message(IndexError, "EmbeddingBag has 30 rows", lambda: bag(torch.tensor([[31, 0]])))
+    message(ValueError, "EmbeddingBag takes ids of type", lambda: bag(torch.ones(2, 2)))
+    message(ValueError, "needs offsets: where each bag begins", lambda: bag(torch.tensor([1, 2])))
+    message(ValueError, "has bags of one size, so leave out", lambda: bag(torch.ones(2, 2).long(), torch.tensor([0])))
+    message(ValueError, "shape (n,) or (bags, n), got (1, 1, 1)", lambda: bag(torch.ones(1, 1, 1).long()))
+    message(ValueError, "integers of shape (bags,), got torch.float32", lambda: bag(torch.tensor([1]), torch.ones(1)))
+
+
+@pytest.mark.parametrize("offsets", [[1, 2], [0, 2, 1], [0, 4]])
+def test_offsets_rise_from_zero_to_the_end(offsets):
+    bag = rf.nn.EmbeddingBag(30, 8, format=rf.TT(3))
+    shown = ", ".join(map(str, offsets))
+    text = f"offsets must begin with 0, never fall, and end at 3 ids at most, got {shown}."
+    message(ValueError, text, lambda: bag(torch.tensor([1, 2, 3]), torch.tensor(offsets)))
+
+
+def test_options_of_rows_are_refused():
+    for options in ({"max_norm": 1.0}, {"scale_grad_by_freq": True}):
+        text = f"{next(iter(options))} acts on each row as a parameter of its own"
+        message(
+            ValueError, text, lambda o=options: rf.nn.Embedding.from_dense(nn.Embedding(9, 4, **o), format=rf.TT(2))
+        )
+        model = nn.Sequential(nn.EmbeddingBag(9, 4, **options))
+        message(ValueError, f"'0': {text}", lambda m=model: rf.tensorize_(m, rf.TT(2)))
+    text = "mode must be 'mean' or 'sum', got 'max'."
+    message(ValueError, text, lambda: rf.nn.EmbeddingBag(9, 4, "max", format=rf.TT(2)))
+    text = "padding_idx must be a row, from -9 to 8, got 9."
+    message(ValueError, text, lambda: rf.nn.Embedding(9, 4, 9, format=rf.TT(2)))
+    assert rf.nn.Embedding(9, 4, -1, format=rf.TT(2)).padding_idx == 8
+
+
+def test_a_bag_that_is_too_long_to_show_is_cut():
+    bag = rf.nn.EmbeddingBag(30, 8, format=rf.TT(3))
+    message(ValueError, "got 1, 2, 3, 4, 5, 6, 7, 8, ....", lambda: bag(torch.zeros(20).long(), torch.arange(1, 12)))
+
+
+def test_a_row_is_looked_up_once(monkeypatch):
+    seen = []
+    monkeypatch.setattr("rankfall.nn._embedding.lookup", lambda *a: seen.append(a[2]) or lookup(*a))
+    rf.nn.Embedding(30, 8, format=rf.TT(3))(torch.tensor([[7, 7, 2], [2, 7, 2]]))
+    assert [s.tolist() for s in seen] == [[2, 7]]
+
+
+def test_modes_given_may_pad_a_little():
+    assert rf.TTM(2, out_modes=(10, 10), in_modes=(2, 4)).layout((97, 8)).padded_shape == (100, 8)
+    check_rows(make(rf.TTM(2, out_modes=(10, 10), in_modes=(2, 4)), (97, 8)), torch.tensor([96, 0, 50]))
