@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rankfall._formats import Format
 from rankfall._tensor import LowRankTensor
-from rankfall.nn import Embedding, EmbeddingBag, Linear
+from rankfall.nn import Conv1d, Conv2d, Conv3d, Embedding, EmbeddingBag, Linear
 from rankfall.nn._embedding import check_rows_are_plain
 
 Module: TypeAlias = nn.Module
@@ -115,8 +115,11 @@ _CONVERSIONS: dict[type[nn.Module], Conversion] = {
     nn.Linear: Conversion(_linear, _std_of_fan_in),
     nn.Embedding: Conversion(_of_one_weight(Embedding.around), **_TABLE),
     nn.EmbeddingBag: Conversion(_of_one_weight(EmbeddingBag.around), **_TABLE),
+    nn.Conv1d: Conversion(_of_one_weight(Conv1d.around), _std_of_fan_in),
+    nn.Conv2d: Conversion(_of_one_weight(Conv2d.around), _std_of_fan_in),
+    nn.Conv3d: Conversion(_of_one_weight(Conv3d.around), _std_of_fan_in),
 }
 # y = x @ W + b: a linear layer whose weight is stored transposed.
 _HUGGING_FACE_CONV1D = Conversion(
-    _linear, lambda module, name: math.sqrt(2 / module.weight.shape[0]), oriented=lambda weight: weight.T
+    _linear, lambda module, name: math.sqrt(2 / module.get_parameter(name).shape[0]), oriented=lambda weight: weight.T
 )

@@ -40,7 +40,12 @@ class Plan:
     @property
     def cost(self) -> int:
         """Time, in floating-point operations: what plans are compared by."""
-        return self.flops + _FLOPS_PER_ELEMENT_MOVED * self.elements
+        return cost_of(self.flops, self.elements)
+
+
+def cost_of(flops: int, elements: int) -> int:
+    """The time of so many operations and of so many elements read or written, in floating-point operations."""
+    return flops + _FLOPS_PER_ELEMENT_MOVED * elements
 
 
 def _equation(inputs: Sequence[Axes], output: Axes) -> str:
