@@ -11,7 +11,19 @@ from torch import Tensor, nn
 
 from rankfall._formats import Format
 from rankfall._tensor import LowRankTensor
-from rankfall.nn import Conv1d, Conv2d, Conv3d, Embedding, EmbeddingBag, Linear
+from rankfall.nn import (
+    GRU,
+    LSTM,
+    Conv1d,
+    Conv2d,
+    Conv3d,
+    Embedding,
+    EmbeddingBag,
+    Linear,
+    MultiheadAttention,
+    _attention,
+    _recurrent,
+)
 from rankfall.nn._embedding import check_rows_are_plain
 
 Module: TypeAlias = nn.Module
@@ -50,7 +62,7 @@ class Conversion:
         oriented: A weight as the twin holds it, for layers that store it transposed.
     """
 
-    around: Callable[[Weights, nn.Module], nn.Module]
+    around: Callable[..., nn.Module]
     initial_std: Callable[[nn.Module, str], float]
     names: Callable[[nn.Module], tuple[str, ...]] = _only_weight
     format_of: Callable[[nn.Module, str, Format], Format] = _as_given
@@ -110,6 +122,16 @@ def _linear(weights: Weights, module: nn.Module) -> Linear:
     return Linear.around(weights["weight"], module._parameters["bias"])
 
 
+def _recurrent_layer(make: Callable[..., nn.Module]) -> Conversion:
+    return Conversion(
+        make,
+        lambda module, name: _recurrent.std_of(module),
+        names=_recurrent.weight_names,
+        format_of=_recurrent.gates_apart,
+        check=_recurrent.check_projection,
+    )
+
+
 _TABLE = {"initial_std": lambda module, name: 1.0, "check": check_rows_are_plain}
 _CONVERSIONS: dict[type[nn.Module], Conversion] = {
     nn.Linear: Conversion(_linear, _std_of_fan_in),
@@ -118,6 +140,14 @@ _CONVERSIONS: dict[type[nn.Module], Conversion] = {
     nn.Conv1d: Conversion(_of_one_weight(Conv1d.around), _std_of_fan_in),
     nn.Conv2d: Conversion(_of_one_weight(Conv2d.around), _std_of_fan_in),
     nn.Conv3d: Conversion(_of_one_weight(Conv3d.around), _std_of_fan_in),
+    nn.LSTM: _recurrent_layer(LSTM.around),
+    nn.GRU: _recurrent_layer(GRU.around),
+    nn.MultiheadAttention: Conversion(
+        MultiheadAttention.around,
+        _attention.std_of,
+        names=_attention.weight_names,
+        format_of=_attention.projections_apart,
+    ),
 }
 # y = x @ W + b: a linear layer whose weight is stored transposed.
 _HUGGING_FACE_CONV1D = Conversion(

@@ -191,7 +191,7 @@ REFUSED = {
         r"filter_fn matches no layer of Sequential. It could match: 0, 2.0, 2.1\.",
     ),
     "nothing linear": (
-        lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()),
+        lambda: nn.Sequential(nn.ReLU(), nn.BatchNorm1d(3)),
         {},
         ValueError,
         r"Sequential has no layer to tensorize. Pass a model that has one of torch.nn.Linear",

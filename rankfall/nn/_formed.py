@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers that form their weights once per forward and leave everything else to torch's own module."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankfall._formats import CP, TTM, Format, Tucker
+from rankfall._modes import balanced_modes, mode_count
+from rankfall._tensor import LowRankTensor
+
+_MODE_SIZE = 5.0
+_MOST_PADDED = 1.1
+
+
+class Formed(nn.Module):
+    """A torch module that runs on weights formed from low-rank tensors; all its options are torch's own code.
+
+    A recurrent or an attention layer uses each weight for every step of a sequence, so forming it costs little beside
+    that, and torch's fused kernels take it. The torch module is kept without parameters of its own, on the meta device.
+    """
+
+    def _hold(self, like: nn.Module, weights: Mapping[str, LowRankTensor], others: Mapping[str, nn.Parameter]) -> None:
+        # In a tuple, so that it is no submodule and nothing of it is a parameter.
+        self._torch = (like.to("meta"),)
+        for name, value in (*weights.items(), *others.items()):
+            path, _, leaf = name.rpartition(".")
+            setattr(self._owner(path), leaf, value)
+        self._weights, self._others = tuple(weights), tuple(others)
+
+    def _owner(self, path: str) -> nn.Module:
+        if path and not hasattr(self, path):
+            setattr(self, path, nn.Module())
+        return self.get_submodule(path)
+
+    @property
+    def like(self) -> Any:  # noqa: ANN401  torch's module of the same name
+        """The torch module that does the work, on the meta device."""
+        return self._torch[0]
+
+    def _run(self, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401  what torch's forward takes and gives
+        like = self.like
+        like.train(self.training)
+        values: dict[str, Tensor] = {name: self.get_parameter(name) for name in self._others}
+        for name in self._weights:
+            tensor = self.get_submodule(name)
+            assert isinstance(tensor, LowRankTensor)
+            values[name] = tensor.sample() if tensor.training else tensor.dense()
+        own = dict(like.named_parameters())
+        try:
+            return torch.func.functional_call(like, values, arguments, options)
+        finally:
+            # A recurrent module keeps a list of its weights beside them, which would hold this call's graph.
+            for name, parameter in own.items():
+                path, _, leaf = name.rpartition(".")
+                setattr(like.get_submodule(path), leaf, parameter)
+
+    def _extra_lines(self) -> str:
+        return "".join(f"\n  {name}: {self.get_submodule(name).describe()}" for name in self._weights)  # pyright: ignore
+
+
+def others_of(module: nn.Module, weights: Mapping[str, LowRankTensor]) -> dict[str, nn.Parameter]:
+    """The parameters of a torch module that stay dense, by name."""
+    return {name: p for name, p in module.named_parameters() if name not in weights}
+
+
+def blocks_apart(format: Format, blocks: int, shape: tuple[int, int]) -> Format:
+    """A format whose first mode is the block (the gate, or query, key, value) of a weight of stacked blocks.
+
+    Modes that are given stay; in_modes of another width than this weight's are left out, since the weights of a layer
+    differ in width. Out-modes are chosen without padding, which would mix the blocks.
+
+    Example:
+        >>> blocks_apart(rf.TT(8), 4, (512, 256)).out_modes
+        (4, 4, 4, 8)
+        >>> blocks_apart(rf.CP(8), 4, (508, 256)).out_modes
+        (4, 127)
+
+    Args:
+        format: The format of the layer.
+        blocks: How many blocks are stacked.
+        shape: The shape of the weight.
+    """
+    given = format.in_modes
+    if given is not None and not shape[1] <= math.prod(given) <= shape[1] * _MOST_PADDED:
+        given = None
+    if blocks == 1:
+        fits = format.out_modes is not None and math.prod(format.out_modes) == shape[0]
+        return replace(format, out_modes=format.out_modes if fits else None, in_modes=given)
+    if format.out_modes is not None:
+        return replace(format, in_modes=given)
+    height = shape[0] // blocks
+    if isinstance(format, CP | Tucker):
+        return replace(format, out_modes=(blocks, height), in_modes=given)
+    count = mode_count(height, _MODE_SIZE)
+    if isinstance(format, TTM) and given is not None:
+        count = len(given) - 1
+    modes = balanced_modes(height, max(count, 1))
+    modes = modes if math.prod(modes) == height else (1,) * (len(modes) - 1) + (height,)
+    if isinstance(format, TTM) and given is None:
+        given = (1, *balanced_modes(shape[1], len(modes)))
+        given = given if math.prod(given) <= shape[1] * _MOST_PADDED else None
+    return replace(format, out_modes=(blocks, *modes), in_modes=given)

@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recurrent layers whose weights are low-rank tensors."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from rankfall._formats import Format
+from rankfall._posteriors import Posterior
+from rankfall._priors import Prior
+from rankfall._tensor import LowRankTensor
+from rankfall.nn._formed import Formed, blocks_apart, others_of
+
+Sequences: TypeAlias = Tensor | PackedSequence
+
+
+class _Recurrent(Formed):
+    """What LSTM and GRU share; `_dense` is torch's layer, `_gates` how many blocks its weights stack."""
+
+    _dense: ClassVar[type[nn.LSTM | nn.GRU]]
+    _gates: ClassVar[int]
+
+    def __init__(  # noqa: PLR0913  torch's own signature
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        *,
+        format: Format,
+        prior: Prior | None = None,
+        posterior: Posterior | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if proj_size:
+            raise ValueError(f"proj_size must be 0, got {proj_size}. Put an rf.nn.Linear after the layer instead.")
+        like = self._dense(
+            input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device="meta"
+        )
+        weights, bound = {}, 1 / math.sqrt(hidden_size)
+        for name in weight_names(like):
+            shape = tuple(like.get_parameter(name).shape)
+            weights[name] = LowRankTensor(
+                shape,
+                gates_apart(like, name, format),
+                prior=prior,
+                posterior=posterior,
+                initial_std=std_of(like),
+                device=device,
+                dtype=dtype,
+            )
+        biases = {
+            name: nn.Parameter(torch.empty(p.shape, device=device, dtype=dtype).uniform_(-bound, bound))
+            for name, p in others_of(like, weights).items()
+        }
+        self._hold(like, weights, biases)
+
+    @classmethod
+    def from_dense(
+        cls, module: nn.LSTM | nn.GRU, *, format: Format, prior: Prior | None = None, posterior: Posterior | None = None
+    ) -> Self:
+        """The layer that computes what torch's layer computes, as well as `max_rank` allows; biases are shared.
+
+        Example:
+            >>> layer = rf.nn.GRU.from_dense(nn.GRU(8, 6), format=rf.TT(8))
+            >>> layer.weight_ih_l0.shape
+            (18, 8)
+
+        Args:
+            module: The torch layer of the same name; its weights stay as they are.
+            format: As for the class.
+            prior: As for the class.
+            posterior: As for the class.
+        """
+        check_projection(module)
+        weights = {
+            name: LowRankTensor.from_dense(
+                module.get_parameter(name), gates_apart(module, name, format), prior=prior, posterior=posterior
+            )
+            for name in weight_names(module)
+        }
+        return cls.around(weights, module)
+
+    @classmethod
+    def around(cls, weights: Mapping[str, LowRankTensor], module: nn.LSTM | nn.GRU) -> Self:
+        """A layer of weights that are already there, with the options and the biases of torch's layer.
+
+        Example:
+            >>> dense = nn.GRU(8, 6)
+            >>> sizes = {"weight_ih_l0": 8, "weight_hh_l0": 6}
+            >>> parts = {name: rf.LowRankTensor((18, size), rf.TT(4)) for name, size in sizes.items()}
+            >>> rf.nn.GRU.around(parts, dense)(torch.zeros(3, 2, 8))[0].shape
+            torch.Size([3, 2, 6])
+
+        Args:
+            weights: A low-rank tensor for each of torch's weight matrices, by its name.
+            module: The torch layer of the same name.
+        """
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        like = cls._dense(
+            module.input_size,
+            module.hidden_size,
+            module.num_layers,
+            module.bias,
+            module.batch_first,
+            module.dropout,
+            module.bidirectional,
+            device="meta",
+        )
+        self._hold(like, weights, others_of(module, weights))
+        return self
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401  torch's options: input_size, num_layers, batch_first, ...
+        if name in _OPTIONS:
+            return getattr(self.__dict__["_torch"][0], name)
+        return super().__getattr__(name)
+
+    def flatten_parameters(self) -> None:
+        """Does nothing: the weights are formed anew for each call. Models of torch's layers call it."""
+
+    def forward(self, input: Sequences, hx: Any = None) -> tuple[Sequences, Any]:  # noqa: ANN401  torch's states
+        """What torch's layer gives: the outputs of the last layer at each step, and the last states of all layers.
+
+        Args:
+            input: Shape (length, batch, input_size), with batch_first (batch, length, input_size), without a batch
+                (length, input_size), or a PackedSequence.
+            hx: The first states as torch takes them; None for zeros.
+        """
+        self._check(input)
+        return self._run(input, hx)
+
+    def _check(self, input: Sequences) -> None:
+        tensor = self.get_submodule("weight_ih_l0")
+        assert isinstance(tensor, LowRankTensor)
+        where = repr(tensor.path.rpartition(".")[0] or tensor.path) if tensor.path else type(self).__name__
+        data = input.data if isinstance(input, PackedSequence) else input
+        if data.shape[-1] != self.like.input_size:
+            raise ValueError(
+                f"{where} has input_size={self.like.input_size}, but the input has shape {tuple(data.shape)}. "
+                f"Reshape it to (..., {self.like.input_size})."
+            )
+        if isinstance(input, PackedSequence) and bool((input.batch_sizes.diff() > 0).any()):
+            raise ValueError(
+                f"{where} was given a packed sequence whose batch sizes rise, so its texts are not sorted by length. "
+                "Make it by pack_padded_sequence(..., enforce_sorted=False)."
+            )
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.like.extra_repr()}){self._extra_lines()}"
+
+
+_OPTIONS = (
+    "mode",
+    "input_size",
+    "hidden_size",
+    "num_layers",
+    "bias",
+    "batch_first",
+    "dropout",
+    "bidirectional",
+    "proj_size",
+)
+
+
+class LSTM(_Recurrent):
+    """Long short-term memory with low-rank weights; torch.nn.LSTM otherwise, with all its options but proj_size.
+
+    Each of torch's weight matrices, weight_ih_l0 (4 hidden_size x input_size), weight_hh_l0 and so on, is one low-rank
+    tensor that has the gate as a mode of its own. They are formed once per call, drawn from the posterior in train mode
+    and at its mean in eval mode, in the order of torch's parameters; torch's fused kernel does the rest, the input
+    projection of the whole sequence in one product included.
+
+    Example:
+        >>> layer = rf.nn.LSTM(32, 24, num_layers=2, bidirectional=True, format=rf.TT(max_rank=8))
+        >>> y, (h, c) = layer(torch.zeros(5, 3, 32))
+        >>> y.shape, h.shape, layer.weight_ih_l0.dense().shape
+        (torch.Size([5, 3, 48]), torch.Size([4, 3, 24]), torch.Size([96, 32]))
+
+    Args:
+        input_size: As for torch.nn.LSTM, like all up to `bidirectional`.
+        hidden_size: Width of the states.
+        num_layers: How many layers stand on each other.
+        bias: Whether there are biases; they have no low-rank prior.
+        batch_first: Whether the batch is the first dimension.
+        dropout: Between layers, in train mode.
+        bidirectional: Whether a second chain reads from the end.
+        proj_size: Must be 0.
+        format: rf.CP, rf.Tucker, rf.TT, rf.TTM or rf.TR; modes of its own hold for the weights that they fit.
+        prior: The hyperprior of the prior scales, rf.HalfCauchy() by default.
+        posterior: rf.MeanField() by default, or rf.Point().
+        device: As for torch.nn.LSTM.
+        dtype: As for torch.nn.LSTM.
+
+    Raises:
+        ValueError: If the format cannot take a weight, or proj_size is given; in forward, if the input has another
+            width, or a packed sequence is not sorted.
+
+    Attributes:
+        weight_ih_l0: The rf.LowRankTensor of torch's weight of that name; likewise the others. Biases are parameters.
+    """
+
+    _dense, _gates = nn.LSTM, 4
+
+
+class GRU(_Recurrent):
+    """Gated recurrent unit with low-rank weights; torch.nn.GRU otherwise. See `LSTM`; a GRU has three gates.
+
+    Example:
+        >>> layer = rf.nn.GRU(32, 24, batch_first=True, format=rf.TTM(max_rank=4))
+        >>> y, h = layer(torch.zeros(3, 5, 32))
+        >>> y.shape, layer.weight_hh_l0.dense().shape
+        (torch.Size([3, 5, 24]), torch.Size([72, 24]))
+    """
+
+    _dense, _gates = nn.GRU, 3
+
+
+def weight_names(module: nn.Module) -> tuple[str, ...]:
+    """The weight matrices of a recurrent torch layer, in its order."""
+    return tuple(name for name, _ in module.named_parameters() if name.startswith("weight_"))
+
+
+def gates_apart(module: nn.Module, name: str, format: Format) -> Format:
+    """The format of one weight of a recurrent torch layer: its gates are a mode."""
+    weight = module.get_parameter(name)
+    return blocks_apart(format, 4 if isinstance(module, nn.LSTM) else 3, (weight.shape[0], weight.shape[1]))
+
+
+def std_of(module: nn.Module) -> float:
+    """Root mean square of a weight as torch starts it, uniform between -1 and 1 over the root of hidden_size."""
+    return 1 / math.sqrt(3 * module.hidden_size)  # pyright: ignore
+
+
+def check_projection(module: nn.Module) -> None:
+    """Refuses a torch layer with a projection.
+
+    Raises:
+        ValueError: If it has one.
+    """
+    if module.proj_size:
+        raise ValueError(f"proj_size must be 0, got {module.proj_size}. Put an rf.nn.Linear after the layer instead.")
