@@ -35,7 +35,7 @@ class Costs:
 
     Attributes:
         batch_size: Rows per batch.
-        layers: One entry per low-rank layer.
+        layers: One entry per low-rank linear layer.
         training_bytes: Parameters, gradients and Adam's moments in float32; activations are not counted.
         dense_training_bytes: The same for the dense model.
         counts: The parameters.
@@ -48,8 +48,10 @@ class Costs:
     counts: Summary
 
     def __str__(self) -> str:
-        lines = [str(self.counts), "", f"forward pass of a batch of {self.batch_size}, in millions of operations:"]
-        width = max(len(layer.path or "(root)") for layer in self.layers)
+        lines = [str(self.counts)]
+        if self.layers:
+            lines += ["", f"linear layers, forward pass of a batch of {self.batch_size}, in millions of operations:"]
+        width = max((len(layer.path or "(root)") for layer in self.layers), default=0)
         for layer in self.layers:
             how = "forms the weight" if layer.forms_weight else "never forms the weight"
             lines.append(

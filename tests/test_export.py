@@ -147,3 +147,37 @@ def test_a_transformer_layer_is_exported(dense):
     x = torch.randn(2, 5, 8)
     with torch.no_grad():
         torch.testing.assert_close(rf.export(model, dense=dense)(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def layers(kind):
+    return {
+        "embedding": (rf.nn.Embedding(97, 8, padding_idx=3, format=kind(3)), (torch.tensor([[3, 96], [0, 50]]),)),
+        "bag": (rf.nn.EmbeddingBag(97, 8, mode="sum", format=kind(3)), (torch.tensor([[3, 96], [0, 50]]),)),
+        "convolution": (rf.nn.Conv2d(4, 6, 3, stride=2, padding="valid", format=kind(3)), (torch.randn(2, 4, 9, 9),)),
+        "grouped": (rf.nn.Conv1d(4, 6, 3, padding=1, groups=2, bias=False, format=kind(3)), (torch.randn(2, 4, 9),)),
+        "lstm": (rf.nn.LSTM(8, 6, 2, bidirectional=True, format=kind(3)), (torch.randn(5, 2, 8),)),
+        "gru": (rf.nn.GRU(8, 6, batch_first=True, format=kind(3)), (torch.randn(5, 2, 8),)),
+        "attention": (rf.nn.MultiheadAttention(8, 2, format=kind(3)), (torch.randn(5, 2, 8),) * 3),
+    }
+
+
+@pytest.mark.parametrize("name", layers(rf.TT))
+@pytest.mark.parametrize("dense", [False, True], ids=["factored", "dense"])
+def test_every_layer_becomes_torchs_own(kind, name, dense):
+    layer, inputs = layers(kind)[name]
+    plain = rf.export(nn.ModuleDict({"only": layer}).eval(), dense=dense)["only"]
+    torch.testing.assert_close(plain(*inputs), layer.eval()(*inputs), rtol=1e-4, atol=1e-5)
+    assert not any("rankfall" in type(module).__module__ for module in plain.modules())
+    assert not any(p.is_meta for p in plain.parameters())
+    if dense:
+        assert type(plain) is getattr(nn, type(layer).__name__)
+
+
+def test_a_factored_table_stays_small_and_tied(kind):
+    model = nn.ModuleDict({"embed": nn.Embedding(500, 8), "out": nn.Linear(8, 500, bias=False)})
+    model["out"].weight = model["embed"].weight
+    rf.tensorize_(model, kind(2))
+    for dense, size in ((False, rf.summary(model).parameters), (True, 4000)):
+        plain = rf.export(model.eval(), dense=dense)
+        assert sum(p.numel() for p in plain.parameters()) == size
+        torch.testing.assert_close(plain["out"](torch.eye(8)), plain["embed"](torch.arange(500)).T)

@@ -42,6 +42,11 @@ class Formed(nn.Module):
         """The torch module that does the work, on the meta device."""
         return self._torch[0]
 
+    @property
+    def weight_names(self) -> tuple[str, ...]:
+        """Torch's names of the weights that are low-rank tensors; a dot leads into a submodule."""
+        return self._weights
+
     def _run(self, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401  what torch's forward takes and gives
         like = self.like
         like.train(self.training)
