@@ -116,7 +116,8 @@ def _dense_convolution(layer: Conv1d | Conv2d | Conv3d, weight: nn.Parameter) ->
 def _dense_table(layer: Embedding | EmbeddingBag, weight: nn.Parameter) -> nn.Module:
     if isinstance(layer, EmbeddingBag):
         bag = nn.EmbeddingBag(
-            *layer.weight.shape,
+            layer.num_embeddings,
+            layer.embedding_dim,
             mode=layer.mode,
             padding_idx=layer.padding_idx,
             include_last_offset=layer.include_last_offset,

@@ -8,7 +8,7 @@ import textwrap
 
 import rankfall as rf
 
-OF_THE_TRAIN_EXTRA = ("accelerate", "rich", "tyro", "sklearn", "PIL", "torchmetrics")
+OF_THE_TRAIN_EXTRA = ("accelerate", "rich", "tyro", "sklearn", "PIL", "torchmetrics", "tokenizers", "matplotlib")
 
 
 def in_a_new_process(script):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run folders: config.json, history.jsonl, and at the end model.safetensors and metrics.json."""
+"""Run folders: config.json, history.jsonl, and at the end model.safetensors, ranks.png and metrics.json."""
 
 import dataclasses
 import json
@@ -39,6 +39,11 @@ class RunFolder:
     def model(self) -> Path:
         """The trained model."""
         return self.path / "model.safetensors"
+
+    @property
+    def picture(self) -> Path:
+        """Ranks, size and accuracy over the epochs."""
+        return self.path / "ranks.png"
 
     @property
     def metrics(self) -> Path:

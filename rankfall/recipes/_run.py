@@ -26,6 +26,7 @@ from rankfall.recipes._data import Data
 from rankfall.recipes._folder import RunFolder
 from rankfall.recipes._metrics import FIGURES, measure
 from rankfall.recipes._options import TrainOptions, make_format
+from rankfall.recipes._picture import draw
 from rankfall.recipes._recipe import Network, Recipe
 
 _ALL = (digits.RECIPE, mnist.RECIPE, cifar10.RECIPE, imdb.RECIPE, imdb.TRANSFORMER)
@@ -62,6 +63,7 @@ def train(options: TrainOptions, *, progress: bool = True) -> tuple[RunFolder, n
     history = _fit(network, options, model, data, folder, progress)
     folder.write_history(history)  # A run killed between its last checkpoint and the record of it lacks that one.
     save(model, folder.model)
+    draw(history, folder.picture)
     metrics = _metrics(options, model, history)
     folder.write("metrics.json", metrics)
     for phase in _phases(network, options):

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Readers of pictures and texts, and the batches that rows are given out in."""
+
+import lzma
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import rankfall as rf
+from rankfall.recipes import cifar10, imdb
+from rankfall.recipes._data import Data
+from rankfall.recipes._metrics import auroc, figures
+from rankfall.recipes._picture import draw
+
+
+def sheet(path, seed=0):
+    """A sheet whose pictures are known: picture i has colour i at every place, and one bright point."""
+    pictures = np.random.default_rng(seed).integers(0, 256, (10_000, 32, 32, 3), dtype=np.uint8)
+    cells = pictures.reshape(100, 100, 32, 32, 3).transpose(0, 2, 1, 3, 4)
+    Image.fromarray(cells.reshape(3200, 3200, 3)).save(path, lossless=True, quality=0, method=0)
+    return pictures
+
+
+def test_a_sheet_is_read_picture_by_picture(tmp_path: Path):
+    pictures = sheet(tmp_path / "test.webp")
+    read = cifar10.read_sheet(tmp_path / "test.webp")
+    assert read.shape == (10_000, 3, 32, 32)
+    for k in (0, 1, 99, 100, 9_999):
+        assert np.array_equal(read[k], pictures[k].transpose(2, 0, 1))
+    content = (tmp_path / "test.webp").read_bytes()
+    (tmp_path / "half.webp").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=rf"half.webp is damaged within its {len(content) // 2} bytes: .*Get the file"):
+        cifar10.read_sheet(tmp_path / "half.webp")
+
+
+def test_other_pictures_are_no_sheets(tmp_path: Path):
+    Image.new("RGB", (32, 32)).save(tmp_path / "small.webp")
+    with pytest.raises(ValueError, match=r"small.webp is a picture of \(32, 32\), not a sheet of 3200 x 3200"):
+        cifar10.read_sheet(tmp_path / "small.webp")
+    (tmp_path / "text.webp").write_text("no picture")
+    with pytest.raises(ValueError, match=r"text.webp is damaged within its 10 bytes"):
+        cifar10.read_sheet(tmp_path / "text.webp")
+    with pytest.raises(FileNotFoundError, match=r"no file .*none.webp. Pass --data-dir with the sheets"):
+        cifar10.read_sheet(tmp_path / "none.webp")
+
+
+@pytest.mark.parametrize("recipe", [cifar10.RECIPE, imdb.RECIPE], ids=lambda r: r.name)
+def test_a_folder_must_be_given(recipe, tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"^Pass --data-dir with"):
+        recipe.load(None)
+    with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere. Pass --data-dir with"):
+        recipe.load(tmp_path / "nowhere")
+
+
+def test_shifted_pictures_hold_what_was_there():
+    images = torch.arange(1, 3 * 32 * 32 + 1).reshape(1, 3, 32, 32).repeat(200, 1, 1, 1)
+    moved = cifar10.shifted_and_mirrored(images)
+    kept = (moved != 0).float().mean((1, 2, 3))
+    assert float(kept.min()) >= (28 / 32) ** 2
+    assert float(kept.max()) == 1.0
+    mirrored = (moved[:, 0, 16, 16] > moved[:, 0, 16, 17]).float().mean()
+    assert 0.3 < float(mirrored) < 0.7
+    for image in moved[:20]:
+        steps = image[0].diff(dim=1)[6:26, 6:26]
+        assert bool((steps == steps[0, 0]).all())
+        assert abs(int(steps[0, 0])) == 1
+
+
+@pytest.mark.parametrize("name", ["vgg", "resnet20"])
+def test_networks_of_pictures_run_dense_and_tensorized(name):
+    network = cifar10.RECIPE.network(name)
+    model = network.make()
+    assert 260_000 < sum(p.numel() for p in model.parameters()) < 320_000
+    images = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
+    assert model(images).shape == (3, 10)
+    assert rf.tensorize_(model, rf.Tucker(4))(images).shape == (3, 10)
+    assert "mean" not in model.state_dict()
+
+
+def write_reviews(folder, texts=("A good film.<br />Good!", "bad, bad film"), labels=(1, 0)):
+    for part in ("train", "test"):
+        rows = "".join(f'{label},5,x,"{text}"\n' for text, label in zip(texts, labels, strict=True))
+        (folder / f"imdb_{part}.csv.xz").write_bytes(lzma.compress(f"label,rating,id,text\n{rows}".encode()))
+
+
+def test_reviews_become_ids(tmp_path: Path):
+    write_reviews(tmp_path)
+    texts, labels = imdb.read_reviews(tmp_path / "imdb_train.csv.xz")
+    assert texts == ["A good film. Good!", "bad, bad film"]
+    assert labels == [1, 0]
+    data = imdb._load.__wrapped__(tmp_path)
+    assert data.texts
+    assert data.train[0].shape == (2, 512)
+    row = int((data.train[1] == 1).nonzero())
+    assert int((data.train[0][row] != 0).sum()) == 6
+    assert data.train[0][row][1] == data.train[0][row][4]  # "good" twice, in small letters
+    assert int(data.cut(3).train[0].shape[1]) == 3
+    assert data.cut(None) is data
+
+
+def test_damaged_texts_name_the_file_and_the_place(tmp_path: Path):
+    write_reviews(tmp_path)
+    path = tmp_path / "imdb_train.csv.xz"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])
+    with pytest.raises(ValueError, match=r"imdb_train.csv.xz is damaged before byte \d+: .*Get the file again"):
+        imdb.read_reviews(path)
+    path.write_bytes(lzma.compress(b"label,text\n1,fine\n7,what\n"))
+    with pytest.raises(ValueError, match=r"imdb_train.csv.xz is damaged at line 3: label '7' is not 0 or 1"):
+        imdb.read_reviews(path)
+    path.write_bytes(lzma.compress(b"a,b\n"))
+    with pytest.raises(ValueError, match=re.escape("has columns ['a', 'b'], but needs label and text")):
+        imdb.read_reviews(path)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"no file .*imdb_train.csv.xz"):
+        imdb.read_reviews(path)
+
+
+@pytest.mark.parametrize("recipe", [imdb.RECIPE, imdb.TRANSFORMER], ids=lambda r: r.name)
+def test_networks_of_texts_run_dense_and_tensorized_and_ignore_padding(recipe):
+    model = recipe.network(None).make().eval()
+    ids = torch.randint(1, 25_000, (3, 9))
+    ids[1, 4:] = 0
+    ids[2] = 0
+    longer = torch.cat([ids, torch.zeros(3, 5, dtype=torch.int64)], 1)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), model(longer))
+        rf.tensorize_(model, rf.TT(3), posterior=rf.Point())
+        torch.testing.assert_close(model(ids), model(longer))
+        assert model(ids).shape == (3, 2)
+    assert rf.summary(model).compression > 50
+
+
+def texts_of(lengths):
+    rows = torch.zeros(len(lengths), max(lengths), dtype=torch.int16)
+    for row, length in zip(rows, lengths, strict=True):
+        row[:length] = 1
+    rows[:, 0] = torch.arange(1, len(lengths) + 1)
+    labels = torch.arange(len(lengths))
+    return Data((rows, labels), (rows, labels), texts=True)
+
+
+def test_texts_of_similar_length_come_together():
+    lengths = torch.randint(1, 100, (1000,), generator=torch.Generator().manual_seed(1)).tolist()
+    data = texts_of(lengths)
+    seen, entries = [], 0
+    for ids, labels in data.batches(10):
+        assert ids.dtype is torch.int64
+        assert ids.shape[1] == max(lengths[k] for k in labels.tolist())
+        seen += labels.tolist()
+        entries += ids.numel()
+    assert sorted(seen) == list(range(1000))
+    assert seen != sorted(seen)
+    assert entries < 1.1 * sum(lengths)
+    assert len(data.batches(10)) == 100
+    assert torch.cat([labels for _, labels in data.test_batches(300)]).sort()[0].tolist() == list(range(1000))
+
+
+def test_equal_seeds_give_equal_batches():
+    data = texts_of([3, 1, 2] * 50)
+    orders = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        orders.append(torch.cat([labels for _, labels in data.batches(4)]).tolist())
+    assert orders[0] == orders[1]
+
+
+def test_figures_are_those_of_the_formulas():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(500, 4), torch.randint(4, (500,))
+    p = logits.softmax(1)
+    found = figures(logits.log_softmax(1), labels)
+    confidence, guess = p.max(1)
+    right = (guess == labels).double()
+    bins = (confidence * 15).ceil().long() - 1
+    ece = sum(
+        float((bins == b).double().mean() * (right[bins == b].mean() - confidence[bins == b].mean()).abs())
+        for b in bins.unique()
+    )
+    assert found["test_accuracy"] == pytest.approx(float(right.mean()))
+    assert found["test_nll"] == pytest.approx(float(-p[range(500), labels].log().mean()), rel=1e-5)
+    assert found["test_ece"] == pytest.approx(ece, rel=1e-4)
+    truth = torch.eye(4)[labels]
+    assert found["test_brier"] == pytest.approx(float(((p - truth) ** 2).sum(1).mean()), rel=1e-5)
+
+
+def test_auroc_counts_pairs():
+    known, strange = torch.rand(40), torch.rand(30)
+    pairs = (strange.unsqueeze(1) > known).double().mean()
+    assert auroc(known, strange) == pytest.approx(float(pairs), rel=1e-5)
+
+
+@pytest.mark.parametrize("bonds", [0, 2, 20])
+def test_a_picture_of_a_run(tmp_path: Path, bonds):
+    ranks = {"layer": {f"r{k}": 5 for k in range(bonds)}} if bonds else {}
+    history = [
+        {"epoch": k, "ranks": ranks if k else {}, "parameters": 100 - k, "test_accuracy": 0.5 + k / 10}
+        for k in range(3)
+    ]
+    draw(history, tmp_path / "ranks.png")
+    with Image.open(tmp_path / "ranks.png") as picture:
+        assert picture.size == (840, 720 if bonds else 360)
+        assert len(picture.convert("RGB").getcolors(2**24)) > 20
