@@ -47,7 +47,7 @@ def test_train_writes_a_whole_run_folder(capsys, method):
     metrics = json.loads(Path("run/metrics.json").read_text())
     assert set(metrics) == KEYS
     assert sorted(p.name for p in Path("run").iterdir()) == [
-        "config.json", "history.jsonl", "metrics.json", "model.safetensors",
+        "config.json", "history.jsonl", "metrics.json", "model.safetensors", "ranks.png",
     ]  # fmt: skip
     history = [json.loads(line) for line in Path("run/history.jsonl").read_text().splitlines()]
     assert [record["epoch"] for record in history] == [0, 1, 2]
