@@ -72,7 +72,7 @@ def test_folders_are_whole(whole: Path):
     assert sorted(p.name for p in whole.iterdir()) == sorted(["compare.json", *folders])
     for name in folders:
         assert sorted(p.name for p in (whole / name).iterdir()) == [
-            "config.json", "history.jsonl", "metrics.json", "model.safetensors",
+            "config.json", "history.jsonl", "metrics.json", "model.safetensors", "ranks.png",
         ]  # fmt: skip
         model = rf.load(whole / name / "model.safetensors", _run.RECIPES["digits"].network(None).make())
         assert rf.summary(model).parameters == json.loads((whole / name / "metrics.json").read_text())["parameters"]
