@@ -2,7 +2,7 @@
 """Convolutions whose kernel is a low-rank tensor."""
 
 import math
-from typing import Any, ClassVar, Literal, Self, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -17,6 +17,9 @@ from rankfall._tensor import LowRankTensor
 _Size: TypeAlias = int | tuple[int, ...]
 _Padding: TypeAlias = _Size | Literal["same", "valid"]
 _PaddingMode: TypeAlias = Literal["zeros", "reflect", "replicate", "circular"]
+
+
+_Layer = TypeVar("_Layer", bound="_Conv")  # Not typing.Self: checkers of single methods refuse it.
 
 
 class _Conv(nn.Module):
@@ -61,8 +64,13 @@ class _Conv(nn.Module):
 
     @classmethod
     def from_dense(
-        cls, module: nn.Module, *, format: Format, prior: Prior | None = None, posterior: Posterior | None = None
-    ) -> Self:
+        cls: type[_Layer],
+        module: nn.Module,
+        *,
+        format: Format,
+        prior: Prior | None = None,
+        posterior: Posterior | None = None,
+    ) -> _Layer:
         """The layer that computes what torch's layer computes, as well as `max_rank` allows; the bias is shared.
 
         Example:
@@ -80,7 +88,7 @@ class _Conv(nn.Module):
         return cls.around(LowRankTensor.from_dense(weight, format, prior=prior, posterior=posterior), module)
 
     @classmethod
-    def around(cls, weight: LowRankTensor, module: nn.Module) -> Self:
+    def around(cls: type[_Layer], weight: LowRankTensor, module: nn.Module) -> _Layer:
         """A layer of a kernel that is already there, with the options and the bias of torch's layer.
 
         Example:
@@ -120,7 +128,7 @@ class _Conv(nn.Module):
             sides = tuple((n, n) for n in self.padding)
         return Geometry(self.stride, sides, self.dilation, self.groups, self.padding_mode)
 
-    def forward(self, x: Float[Tensor, "*batch_channels_spatial"]) -> Float[Tensor, "*batch_channels_spatial"]:
+    def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """The convolution of x, shape (batch, in_channels, *spatial) or (in_channels, *spatial)."""
         dims = len(self.stride)
         if x.dim() not in (dims + 1, dims + 2) or x.shape[-dims - 1] != self.in_channels:

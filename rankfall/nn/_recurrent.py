@@ -3,7 +3,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self, TypeAlias
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from rankfall._tensor import LowRankTensor
 from rankfall.nn._formed import Formed, blocks_apart, others_of
 
 Sequences: TypeAlias = Tensor | PackedSequence
+
+
+_Layer = TypeVar("_Layer", bound="_Recurrent")  # Not typing.Self: checkers of single methods refuse it.
 
 
 class _Recurrent(Formed):
@@ -67,8 +70,13 @@ class _Recurrent(Formed):
 
     @classmethod
     def from_dense(
-        cls, module: nn.LSTM | nn.GRU, *, format: Format, prior: Prior | None = None, posterior: Posterior | None = None
-    ) -> Self:
+        cls: type[_Layer],
+        module: nn.LSTM | nn.GRU,
+        *,
+        format: Format,
+        prior: Prior | None = None,
+        posterior: Posterior | None = None,
+    ) -> _Layer:
         """The layer that computes what torch's layer computes, as well as `max_rank` allows; biases are shared.
 
         Example:
@@ -92,7 +100,7 @@ class _Recurrent(Formed):
         return cls.around(weights, module)
 
     @classmethod
-    def around(cls, weights: Mapping[str, LowRankTensor], module: nn.LSTM | nn.GRU) -> Self:
+    def around(cls: type[_Layer], weights: Mapping[str, LowRankTensor], module: nn.LSTM | nn.GRU) -> _Layer:
         """A layer of weights that are already there, with the options and the biases of torch's layer.
 
         Example:
