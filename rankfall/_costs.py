@@ -1,15 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a tensorized model will cost, counted before it is trained."""
 
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias
 
+import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from rankfall import _contract
+from rankfall._conversions import conversion_of
+from rankfall._formats import Format
 from rankfall._summary import Summary, summary
+from rankfall._tensorize import tensorize_
 from rankfall.nn import Linear
 
 _COPIES, _BYTES = 4, 4  # Adam keeps a parameter, its gradient and two moments, four bytes each in float32.
+
+Example: TypeAlias = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -18,15 +31,13 @@ class LayerCosts:
 
     Attributes:
         path: Path of the layer.
-        flops: Multiplications and additions of one batch by the planned order.
+        flops: Multiplications and additions of one batch, as they are planned.
         dense_flops: The same by the dense layer.
-        forms_weight: Whether the planned order contracts all factors before the input meets them.
     """
 
     path: str
     flops: int
     dense_flops: int
-    forms_weight: bool
 
 
 @dataclass(frozen=True)
@@ -34,15 +45,17 @@ class Costs:
     """A whole model's costs; printed, it is text for a terminal.
 
     Attributes:
-        batch_size: Rows per batch.
-        layers: One entry per low-rank linear layer.
+        batch: What was counted, for a heading.
+        layers: One entry per layer that was counted.
+        complete: Whether every low-rank layer was counted.
         training_bytes: Parameters, gradients and Adam's moments in float32; activations are not counted.
         dense_training_bytes: The same for the dense model.
         counts: The parameters.
     """
 
-    batch_size: int
+    batch: str
     layers: tuple[LayerCosts, ...]
+    complete: bool
     training_bytes: int
     dense_training_bytes: int
     counts: Summary
@@ -50,14 +63,13 @@ class Costs:
     def __str__(self) -> str:
         lines = [str(self.counts)]
         if self.layers:
-            lines += ["", f"linear layers, forward pass of a batch of {self.batch_size}, in millions of operations:"]
-        width = max((len(layer.path or "(root)") for layer in self.layers), default=0)
-        for layer in self.layers:
-            how = "forms the weight" if layer.forms_weight else "never forms the weight"
-            lines.append(
-                f"  {layer.path or '(root)':<{width}}  {layer.flops / 1e6:>10,.1f}  "
-                f"dense {layer.dense_flops / 1e6:>10,.1f}  {how}"
-            )
+            lines += ["", f"forward pass of {self.batch}, in millions of operations:", *self._table()]
+        if not self.complete:
+            lines += [
+                "",
+                "Layers other than linear ones need an example to be counted: let the function return (model, inputs), "
+                "with the inputs of one batch.",
+            ]
         lines += [
             "",
             f"memory of parameters, gradients and Adam's moments: {_megabytes(self.training_bytes)} at the start, "
@@ -65,36 +77,90 @@ class Costs:
         ]
         return "\n".join(lines)
 
+    def _table(self) -> list[str]:
+        names = [layer.path or "(root)" for layer in self.layers]
+        width = max(map(len, names))
+        return [
+            f"  {name:<{width}}  {layer.flops / 1e6:>10,.1f}  dense {layer.dense_flops / 1e6:>10,.1f}"
+            for name, layer in zip(names, self.layers, strict=True)
+        ]
 
-def costs(model: nn.Module, batch_size: int) -> Costs:
-    """Counts parameters, floating-point operations and training memory at the current ranks.
+
+def costs(model: nn.Module, format: Format, *, batch_size: int = 128, example: Example | None = None) -> Costs:
+    """Tensorizes a copy of a model and counts parameters, floating-point operations and training memory of both.
 
     Example:
-        >>> model = rf.tensorize_(nn.Sequential(nn.Linear(784, 512)), rf.TT(8))
-        >>> costs(model, 128).layers[0].flops < costs(model, 128).layers[0].dense_flops
+        >>> counted = costs(nn.Sequential(nn.Linear(784, 512)), rf.TT(8), batch_size=128)
+        >>> counted.layers[0].flops < counted.layers[0].dense_flops
         True
 
     Args:
-        model: A model with low-rank layers.
-        batch_size: Rows per batch.
+        model: A dense model.
+        format: How its weights would be held.
+        batch_size: Rows that a linear layer is counted for, if there is no example.
+        example: The positional inputs of one batch; the model is run on it, in eval mode, and all layers are counted.
 
     Raises:
-        ValueError: If `batch_size` is not positive.
+        ValueError: If `batch_size` is not positive, the model has no layer to tensorize, or it cannot run the example.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 row or more, got {batch_size}.")
-    layers = []
+    dense = copy.deepcopy(model).eval()
+    paths = [path for path, module in dense.named_modules() if conversion_of(module)]
+    compact = tensorize_(copy.deepcopy(dense), format)
+    count = partial(_planned, batch_size=batch_size) if example is None else partial(_counted, example=example)
+    before, after = count(dense), count(compact)
+    layers = tuple(LayerCosts(path, after[path], before[path]) for path in paths if path in after and path in before)
+    counts, size = summary(compact), _COPIES * _BYTES
+    return Costs(
+        f"{batch_size} rows by linear layers" if example is None else "the example",
+        layers,
+        example is not None or len(layers) == len(paths),
+        counts.trained_parameters * size,
+        counts.dense_parameters * size,
+        counts,
+    )
+
+
+def _planned(model: nn.Module, batch_size: int) -> dict[str, int]:
+    """Operations of linear layers by their path, for so many rows."""
+    found = {}
     for path, layer in model.named_modules():
         if isinstance(layer, Linear):
             shapes = [f.shape for f in layer.weight.factors]
-            plan = _contract.linear_plan(layer.weight.layout, shapes, batch_size)
-            dense = 2 * batch_size * layer.in_features * layer.out_features
-            # The input is tensor 0 until it is taken; only the last step may take it if the weight is formed.
-            forms_weight = all(0 not in positions for positions, _ in plan.steps[:-1])
-            layers.append(LayerCosts(path, plan.flops, dense, forms_weight))
-    counts = summary(model)
-    size = _COPIES * _BYTES
-    return Costs(batch_size, tuple(layers), counts.trained_parameters * size, counts.dense_parameters * size, counts)
+            found[path] = _contract.linear_plan(layer.weight.layout, shapes, batch_size).flops
+        elif type(layer) is nn.Linear:
+            found[path] = 2 * batch_size * layer.in_features * layer.out_features
+    return found
+
+
+def _counted(model: nn.Module, example: Example) -> Mapping[str, int]:
+    """Operations of all modules by their path, in one pass over the example."""
+    counter = FlopCounterMode(display=False)
+    try:
+        with torch.no_grad(), _by_plain_kernels(), counter:
+            model(*example)
+    except Exception as error:
+        raise ValueError(
+            f"{type(model).__name__} cannot run the example: {type(error).__name__}: {error}. "
+            "Return the positional inputs of one batch beside the model."
+        ) from error
+    by_name = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+    root = type(model).__name__
+    return {path: by_name.get(f"{root}.{path}" if path else root, 0) for path, _ in model.named_modules()}
+
+
+@contextmanager
+def _by_plain_kernels() -> Iterator[None]:
+    """Fused recurrent and attention kernels hide their products from the counter, so they are taken apart."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        as_it_is: Any = None
+        with torch.backends.mkldnn.flags(False, as_it_is, as_it_is, as_it_is), sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _megabytes(count: int) -> str:

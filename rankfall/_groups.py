@@ -8,10 +8,15 @@ from torch import nn
 
 from rankfall._tensor import LowRankTensor
 from rankfall._walk import low_rank_tensors
+from rankfall.nn import GRU, LSTM, Embedding, EmbeddingBag
 
 # Relative change of a reconstructed weight that one step of Adam makes, per unit of `lr`. Found by a sweep over
 # formats, orders and ranks (benchmarks/factor_steps.py).
 _CHANGE_PER_LR = 120.0
+# A recurrent weight acts again at every token and a table's factors on all rows at once; at 120 an LSTM over an
+# embedding learns nothing. 20 is about what Adam does to a dense recurrent weight.
+_GENTLE_CHANGE_PER_LR = 20.0
+_SENSITIVE = (LSTM, GRU, Embedding, EmbeddingBag)
 
 
 def parameter_groups(model: nn.Module, lr: float, factor_lr: float | None = None) -> list[dict[str, Any]]:
@@ -23,8 +28,9 @@ def parameter_groups(model: nn.Module, lr: float, factor_lr: float | None = None
 
         |dW| / |W|  =  factor_lr * sqrt( sum over the n factors of 1 / rms_k^2 ),   rms_k^2 = mean square of factor k
 
-    The default makes that 120 * lr for every tensor, whatever its format, order and rank: 0.12 for lr = 1e-3, the
-    habit of dense layers. Call it once the model has the weights that training starts from.
+    The default makes that 120 * lr for every tensor, whatever its format, order and rank: 0.12 for lr = 1e-3. In
+    recurrent layers and embeddings, which bear less, it is 20 * lr. Call it once the model has the weights that
+    training starts from.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -50,8 +56,10 @@ def parameter_groups(model: nn.Module, lr: float, factor_lr: float | None = None
             raise ValueError(f"{name} must be positive, got {value}. Pass for example {name}=1e-3.")
     factors: dict[float, list[nn.Parameter]] = {}
     log_stds: list[nn.Parameter] = []
+    gentle = {id(t) for layer in model.modules() if isinstance(layer, _SENSITIVE) for _, t in low_rank_tensors(layer)}
     for _, tensor in low_rank_tensors(model):
-        step = factor_lr if factor_lr is not None else _fitting_step(tensor, _CHANGE_PER_LR * lr)
+        change = lr * (_GENTLE_CHANGE_PER_LR if id(tensor) in gentle else _CHANGE_PER_LR)
+        step = _fitting_step(tensor, change) if factor_lr is None else factor_lr
         factors.setdefault(step, []).extend(tensor.factors)
         log_stds.extend(tensor.log_stds)
     known = {p for params in factors.values() for p in params} | set(log_stds)

@@ -13,9 +13,8 @@ from rich.console import Console
 from rich.table import Column, Table
 from torch import nn
 
-from rankfall._costs import costs
+from rankfall._costs import Example, costs
 from rankfall._summary import summary
-from rankfall._tensorize import tensorize_
 from rankfall.recipes._compare import CompareOptions, compare
 from rankfall.recipes._options import FormatName, TrainOptions, make_format
 from rankfall.recipes._run import train
@@ -40,13 +39,14 @@ class PlanOptions:
     """Show what would be tensorized in your own model, with parameters, operations and memory, before training."""
 
     target: tyro.conf.Positional[str]
-    """MODULE:FACTORY, a function without arguments that returns the model, for example my_net:make."""
+    """MODULE:FACTORY, a function without arguments, for example my_net:make, that returns the model, or (model, inputs)
+    with the inputs of one batch, so that the operations of all layers are counted."""
     format: FormatName = "ttm"
     """How the weights would be held."""
     max_rank: int = 20
     """Rank of every bond at the start."""
     batch_size: int = 128
-    """Rows per batch, for the count of operations."""
+    """Rows per batch, for the count of operations of linear layers without an example."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -136,11 +136,12 @@ def _spread(figure: Mapping[str, Any], form: str) -> str:
 
 
 def _plan(options: PlanOptions) -> None:
-    model = _make(options.target)
-    print(costs(tensorize_(model, make_format(options.format, options.max_rank)), options.batch_size))
+    model, example = _make(options.target)
+    held = make_format(options.format, options.max_rank)
+    print(costs(model, held, batch_size=options.batch_size, example=example))
 
 
-def _make(target: str) -> nn.Module:
+def _make(target: str) -> tuple[nn.Module, Example | None]:
     module_name, colon, name = target.partition(":")
     if not (module_name and colon and name):
         raise ValueError(f"the model must be given as MODULE:FACTORY, got {target!r}. Pass for example my_net:make.")
@@ -151,10 +152,13 @@ def _make(target: str) -> nn.Module:
         raise ValueError(f"{target!r} cannot be imported: {error}. Start in the folder of the module.") from error
     finally:
         sys.path.remove(str(Path.cwd()))
-    model = factory()
+    made = factory()
+    model, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
-        raise TypeError(f"{target!r} returned a {type(model).__name__}. It must return a torch.nn.Module.")
-    return model
+        raise TypeError(
+            f"{target!r} returned a {type(model).__name__}. It must return a torch.nn.Module, or (model, inputs)."
+        )
+    return model, example if example is None or isinstance(example, tuple) else (example,)
 
 
 # What each command does, and what an interruption of it leaves to say.

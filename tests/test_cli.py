@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: run folders, resuming, and one-line errors with exit code 2."""
 
+import importlib
 import json
 import signal
 import subprocess
@@ -8,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
 from torch import nn
 
 import rankfall as rf
@@ -18,8 +21,8 @@ from rankfall.recipes._options import TrainOptions
 
 SHORT = ["--epochs", "3", "--limit", "200"]
 KEYS = {
-    "recipe", "model", "format", "prior", "posterior", "method", "seed", "epochs", "test_accuracy", "test_nll",
-    "test_ece", "test_brier", "parameters", "dense_parameters", "compression", "tensorized_parameters",
+    "recipe", "model", "format", "prior", "posterior", "method", "precision", "seed", "epochs", "test_accuracy",
+    "test_nll", "test_ece", "test_brier", "parameters", "dense_parameters", "compression", "tensorized_parameters",
     "tensorized_dense_parameters", "ranks", "seconds", "peak_rss_bytes",
 }  # fmt: skip
 
@@ -228,15 +231,41 @@ def test_unknown_choices_list_the_known(capsys):
     assert "tucker" in capsys.readouterr().err
 
 
+def write_net(body: str) -> None:
+    Path("my_net.py").write_text(f"import torch\nfrom torch import nn\n\ndef make():\n    return {body}\n")
+    importlib.invalidate_caches()
+    sys.modules.pop("my_net", None)
+
+
 def test_plan_counts_the_model_of_a_user(capsys):
-    layers = "nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 10)"
-    Path("my_net.py").write_text(f"from torch import nn\n\ndef make():\n    return nn.Sequential({layers})\n")
+    write_net("nn.Sequential(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 10))")
     main(["plan", "my_net:make", "--format", "tt", "--max-rank", "8"])
     printed = capsys.readouterr().out
     expected = rf.tensorize_(nn.Sequential(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 10)), rf.TT(8))
     assert f"{rf.summary(expected).parameters:,}" in printed
-    assert "dense      102.8  never forms the weight" in printed
+    assert "dense      102.8" in printed
     assert "6.5 MB" in printed
+    assert "need an example" not in printed
+
+
+def test_plan_counts_every_layer_of_an_example(capsys):
+    write_net("nn.Sequential(nn.Conv2d(16, 32, 3), nn.Flatten(), nn.Linear(32 * 36, 10)), torch.zeros(5, 16, 8, 8)")
+    main(["plan", "my_net:make", "--format", "tucker", "--max-rank", "4"])
+    printed = capsys.readouterr().out
+    assert f"dense {2 * 5 * 36 * 32 * 16 * 9 / 1e6:>10,.1f}" in printed
+    assert "forward pass of the example" in printed
+    assert "need an example" not in printed
+
+
+def test_plan_says_what_it_could_not_count(capsys):
+    write_net("nn.Sequential(nn.Conv2d(16, 32, 3), nn.Flatten(), nn.Linear(32 * 36, 10))")
+    main(["plan", "my_net:make"])
+    assert "let the function return (model, inputs)" in capsys.readouterr().out
+
+
+def test_plan_refuses_an_example_that_does_not_fit(capsys):
+    write_net("nn.Sequential(nn.Linear(784, 512)), torch.zeros(2, 3)")
+    assert "Sequential cannot run the example: RuntimeError" in refused(capsys, "plan", "my_net:make")
 
 
 @pytest.mark.parametrize(
@@ -245,12 +274,27 @@ def test_plan_counts_the_model_of_a_user(capsys):
         ("my_net", "must be given as MODULE:FACTORY, got 'my_net'"),
         ("no_such_module:make", "'no_such_module:make' cannot be imported"),
         ("torch:no_such_name", "'torch:no_such_name' cannot be imported"),
-        ("builtins:dict", "returned a dict. It must return a torch.nn.Module"),
+        ("builtins:dict", "returned a dict. It must return a torch.nn.Module, or (model, inputs)"),
         ("torch.nn:ReLU", "ReLU has no layer to tensorize"),
     ],
 )
 def test_plan_refuses(capsys, target, text):
     assert text in refused(capsys, "plan", target)
+
+
+def test_precision_reaches_the_products_and_not_the_parameters(monkeypatch):
+    seen = set()
+    forward = rf.nn.Linear.forward
+    monkeypatch.setattr(rf.nn.Linear, "forward", lambda layer, x: _noted(seen, layer.training, forward(layer, x)))
+    _run.train(TrainOptions("digits", precision="bfloat16", epochs=2, limit=100), progress=False)
+    assert seen == {(True, torch.bfloat16), (False, torch.float32)}
+    saved = safetensors.torch.load_file("runs/digits-ttm-evidence-seed0/model.safetensors")
+    assert {value.dtype for value in saved.values() if value.is_floating_point()} == {torch.float32}
+
+
+def _noted(seen, training, value):
+    seen.add((training, value.dtype))
+    return value
 
 
 def test_options_reach_the_model():

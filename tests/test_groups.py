@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import rankfall as rf
+from rankfall._walk import low_rank_tensors
 
 KINDS = [rf.CP, rf.Tucker, rf.TT, rf.TTM, rf.TR]
 
@@ -32,6 +33,16 @@ def test_every_parameter_is_in_one_group(kind, posterior):
     assert {id(p) for p in named["other"]} == {id(model[0].bias), *(id(p) for p in model[2].parameters())}
     assert all(group["lr"] == 1e-3 for group in groups if group["name"] == "other")
     torch.optim.Adam(groups)
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM(32, 32), nn.GRU(32, 32), nn.Embedding(99, 32), nn.EmbeddingBag(99, 32)])
+def test_recurrent_layers_and_tables_change_by_a_sixth_of_what_others_do(layer):
+    model = rf.tensorize_(nn.Sequential(layer, nn.Linear(32, 32)), rf.TT(3), posterior=rf.Point())
+    gentle = {id(f) for _, tensor in low_rank_tensors(model[0]) for f in tensor.factors}
+    for _, tensor in low_rank_tensors(model):
+        (step,) = {g["lr"] for g in rf.parameter_groups(model, 1e-3) for p in g["params"] if p is tensor.factors[0]}
+        relative = step * math.sqrt(sum(1 / float(f.detach().square().mean()) for f in tensor.factors))
+        assert relative == pytest.approx(0.02 if id(tensor.factors[0]) in gentle else 0.12, rel=0.06)
 
 
 @settings(max_examples=40, deadline=None)

@@ -13,7 +13,15 @@ import tyro
 from rankfall._files import write_atomic
 from rankfall._summary import summary
 from rankfall.recipes._folder import RunFolder
-from rankfall.recipes._options import FormatName, MethodName, PosteriorName, PriorName, RecipeName, TrainOptions
+from rankfall.recipes._options import (
+    FormatName,
+    MethodName,
+    PosteriorName,
+    PrecisionName,
+    PriorName,
+    RecipeName,
+    TrainOptions,
+)
 from rankfall.recipes._run import RECIPES, build_model, train
 
 # As the table shows them. Ranks that are given are those of the size that evidence ends at, so they come after it.
@@ -60,6 +68,8 @@ class CompareOptions:
     """Use only so many rows, for a quick trial."""
     length: int | None = None
     """Tokens of each text that are read; the recipe's own number (imdb and transformer 128) if left out."""
+    precision: PrecisionName = "float32"
+    """Of matrix products and convolutions while training; parameters, KL and the figures stay float32."""
     prior: PriorName = "half-cauchy"
     """Hyperprior of the prior scales."""
     posterior: PosteriorName = "mean-field"
@@ -93,6 +103,7 @@ class CompareOptions:
             seed=seed,
             limit=self.limit,
             length=self.length,
+            precision=self.precision,
             out=self.path / f"{method}-seed{seed}",
         )
         return replace(options, resume=RunFolder(options).config.is_file())
@@ -178,7 +189,7 @@ def _epoch_seconds(history: Sequence[Mapping[str, Any]]) -> Result:
 
 
 def _content(options: CompareOptions, results: Mapping[MethodName, Sequence[Result]]) -> dict[str, Any]:
-    names = ("recipe", "model", "format", "prior", "posterior", "beta", "limit", "length")
+    names = ("recipe", "model", "format", "prior", "posterior", "beta", "limit", "length", "precision")
     return {
         **{name: getattr(options, name) for name in names},
         "epochs": results["dense"][0]["epochs"],

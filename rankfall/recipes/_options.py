@@ -17,6 +17,7 @@ FormatName: TypeAlias = Literal["cp", "tucker", "tt", "ttm", "tr"]
 MethodName: TypeAlias = Literal["evidence", "shrinkage", "fixed", "compress", "dense"]
 PriorName: TypeAlias = Literal["half-cauchy", "log-uniform"]
 PosteriorName: TypeAlias = Literal["mean-field", "point"]
+PrecisionName: TypeAlias = Literal["float32", "bfloat16"]
 _FORMATS: dict[str, type[Format]] = {"cp": CP, "tucker": Tucker, "tt": TT, "ttm": TTM, "tr": TR}
 
 
@@ -60,6 +61,8 @@ class TrainOptions:
     """Use only so many rows, for a quick trial."""
     length: int | None = None
     """Tokens of each text that are read; the recipe's own number (imdb and transformer 128) if left out."""
+    precision: PrecisionName = "float32"
+    """Of matrix products and convolutions while training; parameters, KL and the figures stay float32."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Run folder; runs/RECIPE-FORMAT-METHOD-seedN if left out."""
     resume: bool = False
@@ -80,9 +83,9 @@ class TrainOptions:
         """Whether the prior is at work."""
         return self.method in ("evidence", "shrinkage")
 
-    def make_selection(self) -> Evidence | Shrinkage | None:
+    def make_selection(self, test_examples: int) -> Evidence | Shrinkage | None:
         """How ranks change."""
-        return {"evidence": Evidence(), "shrinkage": Shrinkage(self.threshold)}.get(self.method)
+        return {"evidence": Evidence(test_examples), "shrinkage": Shrinkage(self.threshold)}.get(self.method)
 
     def make_prior(self) -> Prior:
         """The chosen hyperprior."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from rankfall._formats import Modes
+from rankfall._selection import Evidence
 from rankfall.recipes._data import Data
 
 
@@ -22,6 +23,8 @@ class Network:
         lr: Adam's step size for weights and biases; `rf.parameter_groups` finds that of factors.
         max_rank: Rank of every bond at the start. The KL of all entries is shared out over the data, so few data and
             high ranks make it drown the likelihood before anything is learned.
+        kl_warmup: Epochs over which the weight of the KL rises from 0; None for a twentieth of the run.
+        test_examples: Training examples that the evidence test looks at.
         modes: For a TT-matrix, the (out_modes, in_modes) of a layer by its path; others are chosen.
     """
 
@@ -30,6 +33,8 @@ class Network:
     batch_size: int
     lr: float
     max_rank: int
+    kl_warmup: int | None = None
+    test_examples: int = Evidence.examples
     modes: Mapping[str, tuple[Modes, Modes]] = field(default_factory=dict)
 
 

@@ -25,7 +25,7 @@ from rankfall.recipes import cifar10, digits, imdb, mnist
 from rankfall.recipes._data import Data
 from rankfall.recipes._folder import RunFolder
 from rankfall.recipes._metrics import FIGURES, measure
-from rankfall.recipes._options import TrainOptions, make_format
+from rankfall.recipes._options import PrecisionName, TrainOptions, make_format
 from rankfall.recipes._picture import draw
 from rankfall.recipes._recipe import Network, Recipe
 
@@ -139,12 +139,13 @@ def _fit(
         records = fit(
             model,
             data.batches(network.batch_size),
-            _cross_entropy,
+            partial(_cross_entropy, precision=options.precision),
             optimizer=torch.optim.Adam(parameter_groups(model, network.lr)),
             epochs=phase.epochs,
             num_data=len(data.train[0]),
             beta=options.beta if options.shrinks else 0.0,
-            selection=options.make_selection(),
+            kl_warmup=network.kl_warmup,
+            selection=options.make_selection(network.test_examples),
             evaluate=lambda: measure(model, data, _TEST_BATCHES * network.batch_size),
             on_epoch=lambda records, joined=joined: folder.write_history(joined(records)),
             checkpoint=folder.path / phase.checkpoint,
@@ -161,8 +162,12 @@ def _joined(before: list[dict[str, Any]], preparing: float, records: list[dict[s
     return [*before, *(record | {"epoch": len(before) + record["epoch"]} for record in after)]
 
 
-def _cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+def _cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor], precision: PrecisionName) -> Tensor:
+    inputs, labels = batch
+    # Accelerate keeps one mixed precision for the whole process, and a comparison may follow other runs.
+    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        logits = model(inputs)
+    return F.cross_entropy(logits.float(), labels, reduction="none")
 
 
 def _metrics(options: TrainOptions, model: nn.Module, history: list[dict[str, Any]]) -> dict[str, Any]:
@@ -174,6 +179,7 @@ def _metrics(options: TrainOptions, model: nn.Module, history: list[dict[str, An
         "prior": options.prior if options.shrinks else None,
         "posterior": options.posterior if options.shrinks else None,
         "method": options.method,
+        "precision": options.precision,
         "seed": options.seed,
         "epochs": len(history),
         **{name: last[name] for name in FIGURES},

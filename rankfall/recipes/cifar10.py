@@ -88,7 +88,8 @@ class _Normalised(nn.Module):
             self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        return (images / 255 - self.mean) / self.std
+        # Channels last is the layout that convolutions on a CPU and tensor cores are fastest in; it lasts to the end.
+        return ((images / 255 - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
 
 def _convolution(width_in: int, width_out: int, stride: int = 1) -> list[nn.Module]:
@@ -98,7 +99,7 @@ def _convolution(width_in: int, width_out: int, stride: int = 1) -> list[nn.Modu
 def _vgg() -> nn.Module:
     layers: list[nn.Module] = [_Normalised()]
     width_in = 3
-    for width in (32, 64, 128):
+    for width in (48, 96, 192):
         layers += [*_convolution(width_in, width), nn.ReLU(), *_convolution(width, width), nn.ReLU(), nn.MaxPool2d(2)]
         width_in = width
     return nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.2), nn.Linear(width_in * 16, _CLASSES))
@@ -136,7 +137,7 @@ RECIPE = Recipe(
     "cifar10",
     _load,
     {
-        "vgg": Network(_vgg, epochs=40, batch_size=128, lr=1e-3, max_rank=24),
+        "vgg": Network(_vgg, epochs=30, batch_size=128, lr=1e-3, max_rank=32),
         "resnet20": Network(_resnet20, epochs=40, batch_size=128, lr=1e-3, max_rank=16),
     },
 )
