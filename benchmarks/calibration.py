@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far the probabilities of finished MNIST runs can be trusted: at the posterior mean, and averaged over draws.
+"""How far the probabilities of finished runs can be trusted: at the posterior mean, and averaged over draws.
 
     python benchmarks/calibration.py --data-dir $MNIST runs/mnist-ttm-evidence-seed0 ...
+    python benchmarks/calibration.py --data-dir $IMDB runs/imdb-ttm-evidence-seed0 runs/imdb-dense-seed0
 
-Accuracy, NLL, expected calibration error (15 bins) and Brier score on the 10,000 test pictures; and how well the
-entropy of the prediction tells them from pictures that are none of digits (AUROC): the same ones turned by a quarter,
-and with their pixels shuffled, by one permutation for all. A dense run is a row of its own. "draws" averages the
-probabilities of 32 draws of all factors.
+Accuracy, NLL, expected calibration error (15 bins) and Brier score on the test rows; for MNIST also how well the
+entropy of the prediction tells the 10,000 pictures from some that are none of digits (AUROC): the same ones turned by a
+quarter, and with their pixels shuffled, by one permutation for all. A dense run is a row of its own. "draws" averages
+the probabilities of 32 draws of all factors, drawn anew for each batch of 512 rows.
 """
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -20,30 +21,40 @@ from torch import Tensor
 
 import rankfall as rf
 from rankfall.recipes._metrics import FIGURES, auroc, figures
-from rankfall.recipes._run import RECIPES
+from rankfall.recipes._options import TrainOptions
+from rankfall.recipes._run import RECIPES, load_data
 
-_DRAWS, _SIDE = 32, 28
+_DRAWS, _SIDE, _BATCH = 32, 28, 512
 
 
 def main() -> None:
     torch.set_num_threads(1)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("runs", type=Path, nargs="+", help="of one recipe, and with the same length of texts")
     parser.add_argument("--data-dir", type=Path, required=True)
     arguments = parser.parse_args()
     print(machine(1) + "\n")
-    x, labels = RECIPES["mnist"].load(arguments.data_dir).test
-    turned = x.view(-1, _SIDE, _SIDE).rot90(1, (1, 2)).reshape(len(x), -1)
-    shuffled = x[:, torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(0))]
+    config = json.loads((arguments.runs[0] / "config.json").read_text())
+    recipe = RECIPES[config["recipe"]]
+    data = load_data(recipe, TrainOptions(recipe.name, data_dir=arguments.data_dir, length=config.get("length")))
+    batches, labels = zip(*data.test_batches(_BATCH), strict=True)
+    strange = [list(map(change, batches)) for change in (_turned, _shuffled)] if recipe.name == "mnist" else []
     rows = []
     for run in arguments.runs:
         notes = json.loads((run / "metrics.json").read_text())
-        network = RECIPES["mnist"].network(notes["model"])
-        model = rf.load(run / "model.safetensors", network.make()).eval()
+        model = rf.load(run / "model.safetensors", recipe.network(notes["model"]).make()).eval()
         for name, predict in _ways(model, notes).items():
-            rows.append((run.name, name, *_row(predict, x, labels, turned, shuffled)))
-    heads = ("run", "prediction", *(name.removeprefix("test_") for name in FIGURES), "AUROC turned", "AUROC shuffled")
-    print(table(heads, rows))
+            rows.append((run.name, name, *_row(predict, batches, torch.cat(labels), strange)))
+    auroc_heads = ("AUROC turned", "AUROC shuffled") if strange else ()
+    print(table(("run", "prediction", *(name.removeprefix("test_") for name in FIGURES), *auroc_heads), rows))
+
+
+def _turned(x: Tensor) -> Tensor:
+    return x.view(-1, _SIDE, _SIDE).rot90(1, (1, 2)).reshape(len(x), -1)
+
+
+def _shuffled(x: Tensor) -> Tensor:
+    return x[:, torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(0))]
 
 
 def _ways(model: torch.nn.Module, notes: dict) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -58,10 +69,16 @@ def _ways(model: torch.nn.Module, notes: dict) -> dict[str, Callable[[Tensor], T
 
 
 @torch.no_grad()
-def _row(predict: Callable[[Tensor], Tensor], x: Tensor, labels: Tensor, *strange: Tensor) -> list[str]:
-    known = predict(x)
+def _row(
+    predict: Callable[[Tensor], Tensor],
+    batches: Iterable[Tensor],
+    labels: Tensor,
+    strange: Iterable[Iterable[Tensor]],
+) -> list[str]:
+    known = torch.cat([predict(x) for x in batches])
     found = [f"{value:.4f}" for value in figures(known, labels).values()]
-    return found + [f"{auroc(_entropy(known), _entropy(predict(other))):.4f}" for other in strange]
+    others = (torch.cat([predict(x) for x in rows]) for rows in strange)
+    return found + [f"{auroc(_entropy(known), _entropy(other)):.4f}" for other in others]
 
 
 def _entropy(log_probabilities: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 """The evidence test: slices go when the bound on the evidence rises without them, beyond sampling error."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +18,10 @@ from rankfall._tensor import LowRankTensor
 from rankfall._walk import finite_tensors, layer_path, low_rank_tensors
 
 PerExampleNLL = Callable[[], Tensor]
+Parts = Callable[[], Iterable[Tensor]]
+
+_SURE = 4.0  # Standard errors after which a cut is given up before all examples are seen.
+_FIRST_LOOK = 512  # Examples before the first such look; the next ones come at twice, four times as many, and so on.
 
 
 @dataclass(frozen=True)
@@ -45,13 +49,15 @@ class RankChange:
 class _Test:
     """The criterion N (mean(d) + z std(d) / sqrt(n)) < beta * saved, d paired per example."""
 
-    nll: PerExampleNLL
+    parts: Parts
     num_data: int
     beta: float
     z: float
+    hope: float
 
     def per_example(self) -> Tensor:
-        values = self.nll()
+        parts = list(self.parts())
+        values = torch.cat(parts) if len(parts) > 1 else parts[0]
         if not isinstance(values, Tensor) or values.dim() != 1 or len(values) < 2:
             came = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
             raise ValueError(
@@ -64,13 +70,30 @@ class _Test:
             )
         return values.double()
 
-    def cost(self, base: Tensor) -> tuple[float, float]:
-        """(expected, upper bound) of what the data lose against `base`, over all of `num_data`, in nats."""
-        d = self.nll().double() - base
+    def cost(self, base: Tensor, saved: float = math.inf) -> tuple[float, float]:
+        """(expected, upper bound) of what the data lose against `base`, over all of `num_data`, in nats.
+
+        A cut that surely costs more than `hope` times `saved` will not be made, so the rest of the data is not asked.
+        """
+        too_much, look = max(saved, self.hope * saved), _FIRST_LOOK
+        taken: list[Tensor] = []
+        count = 0
+        for part in self.parts():
+            taken.append(part.double() - base[count : count + len(part)])
+            count += len(part)
+            if look <= count < len(base):
+                expected, error = self._mean(taken)
+                if expected - _SURE * error > too_much:
+                    return expected, expected + self.z * error
+                look = 2 * count
+        expected, error = self._mean(taken)
+        return expected, expected + self.z * error
+
+    def _mean(self, taken: list[Tensor]) -> tuple[float, float]:
+        """(expected, standard error) over all of `num_data`; infinity and 0 if a value is not finite."""
+        d = torch.cat(taken)
         expected, error = float(d.mean()), float(d.std()) / math.sqrt(len(d))
-        if not math.isfinite(expected + error):
-            return math.inf, math.inf
-        return self.num_data * expected, self.num_data * (expected + self.z * error)
+        return (self.num_data * expected, self.num_data * error) if math.isfinite(expected + error) else (math.inf, 0.0)
 
 
 def select_ranks_(
@@ -131,25 +154,33 @@ def select_ranks_(
         ValueError: If an argument is out of range, `nll` returns something else, or a factor is not finite. Nothing
             has changed then.
     """
-    return search_ranks_(model, optimizer, nll=nll, num_data=num_data, beta=beta, z=z, max_cut=max_cut)[0]
+    found, _ = search_ranks_(
+        model, optimizer, parts=lambda: [nll()], num_data=num_data, beta=beta, z=z, max_cut=max_cut, hope=1.0
+    )
+    return found
 
 
 def search_ranks_(
     model: nn.Module,
     optimizer: Optimizer | None = None,
     *,
-    nll: PerExampleNLL,
+    parts: Parts,
     num_data: int,
     beta: float,
     z: float,
     max_cut: float,
+    hope: float,
 ) -> tuple[list[RankChange], list[RankChange]]:
-    """`select_ranks_`, and what nearly passed: of every other bond its best cut, with the cost that is expected."""
+    """`select_ranks_`, and what nearly passed: of every other bond its best cut, with the cost that is expected.
+
+    `parts` gives the NLL of each example by the batch, always in the same order. The cost of a cut that is not made is
+    measured to the end only if it may be under `hope` times what it saves; else it is what the first batches say.
+    """
     check_weights(num_data, beta)
     if not z >= 0 or not 0 < max_cut <= 1:
         raise ValueError(f"z must be 0 or more and max_cut above 0 and up to 1, got z={z} and max_cut={max_cut}.")
     tensors = finite_tensors(model, "select ranks of")
-    test = _Test(nll, num_data, beta, z)
+    test = _Test(parts, num_data, beta, z, hope)
     changes: list[RankChange] = []
     misses: list[RankChange] = []
     with torch.no_grad(), _evaluating(model):
@@ -250,21 +281,23 @@ def _best_rank(tensor: LowRankTensor, bond: str, test: _Test, base: Tensor, leas
     worthless ones that go with it.
     """
     worth, rank = _worth(tensor, test.num_data), tensor.ranks[bond]
+    single = rank - 1
 
     @cache
     def weigh(candidate: int) -> _Weighed:
         with _trying(tensor):
             _reduce(tensor, bond, candidate, None)
             saved = test.beta * (worth - _worth(tensor, test.num_data))
-            return _Weighed(candidate, *test.cost(base), saved)
+            # The bisection compares ranks on all examples; only the first question is one of yes or no.
+            return _Weighed(candidate, *test.cost(base, saved if candidate == single else math.inf), saved)
 
     def gain(candidate: int) -> float:
         return weigh(candidate).saved - weigh(candidate).cost
 
     # Most bonds lose nothing, so a single slice is tried first; bisection follows only if that pays.
-    low, high = least, rank - 1
-    if not gain(high) > 0:
-        return weigh(high)
+    if not gain(single) > 0:
+        return weigh(single)
+    low, high = least, single
     while low < high:
         middle = (low + high) // 2
         if gain(middle) > gain(middle + 1):

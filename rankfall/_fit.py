@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 from rankfall._elbo import check_weights, kl
+from rankfall._evidence import Parts
 from rankfall._files import write_atomic
 from rankfall._groups import parameter_groups
 from rankfall._progress import ProgressBar
@@ -240,10 +241,8 @@ def _train_epoch(objective: _Objective, loader: Iterable[Batch], optimizer: "Acc
     return {"loss": float(total) / steps, "nll": mean, "nll_error": spread, "kl": float(divergence.detach())}
 
 
-def _sample(
-    model: nn.Module, loader: Iterable[Batch], nll: NLL, accelerator: "Accelerator", examples: int
-) -> Callable[[], Tensor]:
-    """The NLL of each of so many examples, always the same ones: the first batches of a new pass over the data."""
+def _sample(model: nn.Module, loader: Iterable[Batch], nll: NLL, accelerator: "Accelerator", examples: int) -> Parts:
+    """The NLL of each of so many examples by the batch, always the same ones: the first of a new pass over the data."""
     batches, count = [], 0
     with torch.no_grad(), accelerator.autocast():
         for batch in loader:
@@ -252,11 +251,12 @@ def _sample(
             if count >= examples:
                 break
 
-    def each() -> Tensor:
-        with accelerator.autocast():
-            return torch.cat([nll(model, batch) for batch in batches])
+    def parts() -> Iterator[Tensor]:
+        for batch in batches:
+            with accelerator.autocast():
+                yield nll(model, batch)
 
-    return each
+    return parts
 
 
 def _to_device(batch: Batch, device: torch.device) -> Batch:

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any, Literal, TypeAlias
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from rankfall._evidence import RankChange, apply_, prior_side, search_ranks_, undo_
+from rankfall._evidence import Parts, RankChange, apply_, prior_side, search_ranks_, undo_
 from rankfall._ranks import check_threshold, grow_ranks_, prune_, ranks
 from rankfall._walk import low_rank_tensors
 
@@ -193,7 +193,7 @@ class Training:
     first: int
     num_data: int
     beta: float
-    sample: Callable[[int], Callable[[], Tensor]]
+    sample: Callable[[int], Parts]
 
 
 def select_(
@@ -224,11 +224,12 @@ def _ask_(
     cuts, misses = search_ranks_(
         model,
         optimizer,
-        nll=training.sample(policy.examples),
+        parts=training.sample(policy.examples),
         num_data=training.num_data,
         beta=training.beta,
         z=policy.z,
         max_cut=policy.max_cut,
+        hope=_HOPE,
     )
     if cuts:
         return {"selection": "cut", "cuts": [asdict(cut) for cut in cuts]}

@@ -160,7 +160,7 @@ def test_the_best_rank_is_taken_not_the_smallest_that_passes(margin, passes):
     class Costs:
         num_data, beta = N, 1.0
 
-        def cost(self, _):
+        def cost(self, *_):
             expected = saved[tensor.ranks["r1"]] - gains[tensor.ranks["r1"]]
             return expected, expected + margin
 
@@ -179,6 +179,45 @@ def test_few_evaluations_are_enough():
         teacher.select()
         # The base, its renewal after a cut, a single slice, and a bisection of half of the bond, two to each slope.
         assert teacher.calls <= 4 + 2 * math.log2(rank)
+
+
+def search_by_parts(teacher, size, hope=1.0):
+    seen = []
+
+    def parts():
+        for rows in torch.arange(N).split(size):
+            seen.append(len(rows))
+            yield teacher.each(rows)
+
+    options = {"num_data": N, "beta": 1.0, "z": 2.0, "max_cut": 0.5}
+    return *_evidence.search_ranks_(teacher.layer, None, parts=parts, hope=hope, **options), sum(seen)
+
+
+@pytest.mark.parametrize("posterior", [rf.Point(), rf.MeanField()], ids=["point", "mean-field"])
+def test_batches_say_what_the_whole_says(posterior):
+    results = []
+    for size in (N, 128):
+        teacher = Teacher(rf.TTM, 3, 8, posterior)
+        teacher.train(15)
+        while True:
+            cuts, misses, seen = search_by_parts(teacher, size)
+            if not cuts:
+                break
+        results.append((teacher.layer.weight.ranks, [(m.bond, m.after) for m in misses], seen))
+    whole, batches = results
+    assert whole[:2] == batches[:2]
+    assert whole[0] == {"r1": 3}
+    # A slice that the teacher has is missed badly, which the first quarter of the data shows.
+    assert batches[2] < whole[2]
+
+
+def test_only_a_hopeless_cut_is_left_unmeasured():
+    teacher = Teacher(rf.TTM, 3, 3, rf.Point())
+    teacher.train(15)
+    (_, (rough,), few), (_, (exact,), all_) = (search_by_parts(teacher, 128, hope) for hope in (2.0, math.inf))
+    assert few < all_ == 2 * N
+    assert rough.nll_cost > 2 * rough.saved
+    assert rough.nll_cost == pytest.approx(exact.nll_cost, rel=0.2)
 
 
 def test_at_most_the_given_part_of_a_bond_goes():
