@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -80,6 +80,22 @@ class Parts:
     shared: Axes
     entering: Axes
     leaving: Axes
+
+
+class SmallKernels(NamedTuple):
+    """A convolution as a sequence: 1 x 1, k x k, 1 x 1.
+
+    Attributes:
+        before: The first, a matrix, (channels out, channels in); None if there is none.
+        kernel: The second.
+        groups: Groups of channels that the second keeps apart.
+        after: The third, a matrix; None if there is none.
+    """
+
+    before: Tensor | None
+    kernel: Tensor
+    groups: int
+    after: Tensor | None
 
 
 def parts_of(layout: Layout, maps_in: bool, maps_out: bool) -> Parts | None:
@@ -175,19 +191,28 @@ def convolve_by(
     layout: Layout, factors: Sequence[Tensor], x: Tensor, geometry: Geometry, maps: tuple[bool, bool]
 ) -> Tensor:
     """The same in a given way: whether maps of channels come (before, after) the convolution proper."""
+    if not any(maps):
+        return _slide(x, _contract.dense(layout, factors), geometry, geometry.groups)
+    small = small_kernels(layout, factors, maps)
+    x = x if small.before is None else _map_channels(x, small.before)
+    x = _slide(x, small.kernel, geometry, small.groups)
+    return x if small.after is None else _map_channels(x, small.after)
+
+
+def small_kernels(layout: Layout, factors: Sequence[Tensor], maps: tuple[bool, bool]) -> SmallKernels:
+    """What a convolution by the given maps of channels multiplies with."""
     out_channels, in_channels = layout.shape[:2]
     parts = parts_of(layout, *maps)
     assert parts is not None, "conv_plan names only ways that the format has"
-    if not any(maps):
-        return _slide(x, _contract.dense(layout, factors), geometry, geometry.groups)
+    before = after = None
     if parts.inner:
         axes = (*parts.shared, *parts.entering, *layout.axes[1])
-        x = _map_channels(x, _of(layout, factors, parts.inner, axes, len(layout.axes[1]))[:, :in_channels])
-    x = _slide(x, _small_kernel(layout, factors, parts), geometry, _size(layout, factors, parts.shared))
-    if not parts.outer:
-        return x
-    axes = (*parts.shared, *parts.leaving, *layout.axes[0])
-    return _map_channels(x, _of(layout, factors, parts.outer, axes, len(layout.axes[0]))[:, :out_channels].T)
+        before = _of(layout, factors, parts.inner, axes, len(layout.axes[1]))[:, :in_channels]
+    if parts.outer:
+        axes = (*parts.shared, *parts.leaving, *layout.axes[0])
+        after = _of(layout, factors, parts.outer, axes, len(layout.axes[0]))[:, :out_channels].T
+    groups = _size(layout, factors, parts.shared)
+    return SmallKernels(before, _small_kernel(layout, factors, parts), groups, after)
 
 
 def _rounded(count: int) -> int:

@@ -3,7 +3,9 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -47,66 +49,160 @@ def governed_moments(layout: Layout, squares: Sequence[Tensor]) -> dict[str, tup
     return out
 
 
-def kl_of_factors(
-    layout: Layout,
-    prior: Prior,
-    means: Sequence[Tensor],
-    log_stds: Sequence[Tensor] = (),
-    *,
-    hyperprior: bool = True,
-) -> Tensor:
-    """KL(q || p) at the best prior scales, in nats, with -log p(s) of the scales or without; see `LowRankTensor.kl`."""
-    value: Tensor = _Divergence.apply(layout, prior, hyperprior, len(means), *means, *log_stds)  # pyright: ignore
+class Factors(NamedTuple):
+    """The posterior of one tensor: its layout, the means and the log standard deviations, if it has any."""
+
+    layout: Layout
+    means: Sequence[Tensor]
+    log_stds: Sequence[Tensor] = ()
+
+
+def kl_of_factors(prior: Prior, tensors: Sequence[Factors], *, hyperprior: bool = True) -> Tensor:
+    """KL(q || p) at the best prior scales, in nats, with -log p(s) of the scales or without; see `LowRankTensor.kl`.
+
+    All tensors have the same prior, are on one device and of one type, and all or none have standard deviations.
+    """
+    first = tensors[0].means[0]
+    shapes = tuple((t.layout, tuple(mean.shape for mean in t.means)) for t in tensors)
+    flat = _flat(shapes, first.device, wide(first.new_empty(0)).dtype)
+    means = [tensors[k].means[factor] for k, factor in flat.order]
+    log_stds = [tensors[k].log_stds[factor] for k, factor in flat.order] if tensors[0].log_stds else []
+    value: Tensor = _Divergence.apply(flat, prior, hyperprior, *means, *log_stds)  # pyright: ignore
     return value
 
 
 class _Divergence(torch.autograd.Function):
     """The KL with its gradient in closed form: mean / s^2, and std^2 / s^2 - 1 for a log std.
 
-    Autograd would record some thirty small operations a factor, at every step. The scales s are held fixed in the
-    gradient: at their optimum, and where they rest on their lower bound, the partial gradient is the total one.
+    All factors lie in one flat buffer: autograd would record some thirty small operations a factor, at every step. The
+    scales s are held fixed in the gradient: at their optimum, and where they rest on their lower bound, the partial
+    gradient is the total one.
     """
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: FunctionCtx, layout: Layout, prior: Prior, hyperprior: bool, count: int, *parameters: Tensor
+        ctx: FunctionCtx, flat: "_Flat", prior: Prior, hyperprior: bool, *parameters: Tensor
     ) -> Tensor:
-        means, log_stds = parameters[:count], parameters[count:]
-        variances = [(2 * wide(log_std)).exp() for log_std in log_stds]
-        squares = [wide(mean).square() for mean in means]
-        squares = [s + v for s, v in zip(squares, variances, strict=True)] if variances else squares
-        governed = {bond: (moment, n) for bond, (moment, n) in governed_moments(layout, squares).items() if n}
-        value = squares[0].new_zeros(())
-        precisions: dict[int, Tensor | float] = {}
-        if governed:
-            sizes = [len(moment) for moment, _ in governed.values()]
-            moments = torch.cat([moment for moment, _ in governed.values()])
-            counts = _counts(tuple(sizes), tuple(n for _, n in governed.values()), moments.device, moments.dtype)
-            value, scales = kl_of_moments(prior, moments, counts, hyperprior=hyperprior)
-            for bond, inverse in zip(governed, scales.reciprocal().split(sizes), strict=True):
-                for k, dim in dict(layout.governs)[bond]:
-                    precisions[k] = inverse.reshape([-1 if d == dim else 1 for d in range(means[k].dim())])
-        if layout.core is not None:
-            core = squares[layout.core]
-            value = value + 0.5 * core.sum() / _CORE_STD**2 + core.numel() * math.log(_CORE_STD)
-            precisions[layout.core] = _CORE_STD**-2
-        for log_std in log_stds:
-            value = value - wide(log_std).sum() - 0.5 * log_std.numel()
+        count = len(flat.order)
+        mean, log_std = flat.joined(parameters[:count]), flat.joined(parameters[count:])
+        has_std = len(parameters) > count
+        variance = (2 * log_std).exp() if has_std else log_std
+        squares = mean.square() + variance if has_std else mean.square()
+        moments, core, _ = flat.moments(squares).split((len(flat.counts), 1, 1))
+        value, scales = kl_of_moments(prior, moments, flat.counts, hyperprior=hyperprior)
+        if flat.core_entries:
+            value = value + 0.5 * core.sum() / _CORE_STD**2 + flat.core_entries * math.log(_CORE_STD)
+        if has_std:
+            value = value - log_std.sum() - 0.5 * len(log_std)
         if any(ctx.needs_input_grad):  # pyright: ignore[reportAttributeAccessIssue]
-            gradients = [mean * precisions.get(k, 0.0) for k, mean in enumerate(means)]
-            gradients += [v * precisions.get(k, 0.0) - 1 for k, v in enumerate(variances)]
-            ctx.save_for_backward(*gradients)
+            precision = torch.cat([scales.reciprocal(), flat.other_precisions]).index_select(0, flat.slices)
+            gradient = mean * precision
+            ctx.save_for_backward(*((gradient, variance * precision - 1) if has_std else (gradient,)))
+            ctx.shapes = [p.shape for p in parameters[:count]]  # pyright: ignore[reportAttributeAccessIssue]
         return value
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        partial = ctx.saved_tensors  # pyright: ignore[reportAttributeAccessIssue]
-        return (None, None, None, None, *(gradient * p for p in partial))
+        shapes: list[torch.Size] = ctx.shapes  # pyright: ignore[reportAttributeAccessIssue]
+        sizes, found = [shape.numel() for shape in shapes], []
+        for partial in ctx.saved_tensors:  # pyright: ignore[reportAttributeAccessIssue]
+            parts = (gradient * partial).split(sizes)
+            found += [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+        return (None, None, None, *found)
 
 
-@lru_cache(maxsize=256)
-def _counts(sizes: tuple[int, ...], counts: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """How many entries each slice governs, for all bonds in a row; made once, since that waits for the device."""
-    each = [n for size, n in zip(sizes, counts, strict=True) for _ in range(size)]
-    return torch.tensor(each, device=device, dtype=dtype)
+# A sum of its own costs a few microseconds whatever the size, a scattered one a few nanoseconds an entry.
+_SMALL = 2048
+
+
+@dataclass(frozen=True)
+class _Flat:
+    """How the factors of several tensors lie in one flat buffer, small ones first, and which slice an entry is of.
+
+    Slices of all bonds are numbered through; two more numbers follow, of the entries of Tucker cores, and of those that
+    nothing governs.
+
+    Attributes:
+        order: (tensor, factor) by its place in the buffer.
+        slices: The number of the slice of each entry.
+        counts: How many entries each slice governs.
+        small: The size of the first part of the buffer, which is summed entry by entry.
+        large: For each factor after that, its shape as (before, rank, after), and the slices of its rank.
+        other_precisions: 1 / s^2 of the last two numbers.
+        core_entries: How many entries cores have.
+    """
+
+    order: tuple[tuple[int, int], ...]
+    slices: Tensor
+    counts: Tensor
+    small: int
+    large: tuple[tuple[tuple[int, int, int], Tensor], ...]
+    other_precisions: Tensor
+    core_entries: int
+
+    def joined(self, parameters: Sequence[Tensor]) -> Tensor:
+        """The buffer, in the type that is computed in; empty without parameters."""
+        if not parameters:
+            return self.counts.new_empty(0)
+        return torch.cat([p.detach().reshape(-1) for p in parameters]).to(self.counts.dtype)
+
+    def moments(self, squares: Tensor) -> Tensor:
+        """The sum over each slice."""
+        total = squares.new_zeros(len(self.counts) + 2)
+        total.index_add_(0, self.slices[: self.small], squares[: self.small])
+        start = self.small
+        for shape, slices in self.large:
+            stop = start + math.prod(shape)
+            total.index_add_(0, slices, squares[start:stop].view(shape).sum((0, 2)))
+            start = stop
+        return total
+
+
+_Shapes: TypeAlias = tuple[tuple[Layout, tuple[torch.Size, ...]], ...]
+
+
+@lru_cache(maxsize=64)
+def _flat(tensors: _Shapes, device: torch.device, dtype: torch.dtype) -> _Flat:
+    """Made once for today's ranks, since that waits for the device."""
+    counts: list[int] = []
+    first_slice: dict[tuple[int, int], tuple[int, int]] = {}  # (tensor, factor): (dimension, number of its first slice)
+    for k, (layout, shapes) in enumerate(tensors):
+        for _, places in layout.governs:
+            count = sum(shapes[factor].numel() // max(shapes[factor][dim], 1) for factor, dim in places)
+            if count:
+                first_slice |= {(k, factor): (dim, len(counts)) for factor, dim in places}
+                counts += [count] * shapes[places[0][0]][places[0][1]]
+    places = [(k, factor) for k, (_, shapes) in enumerate(tensors) for factor in range(len(shapes))]
+    order = sorted(places, key=lambda place: tensors[place[0]][1][place[1]].numel() >= _SMALL)
+    numbers, large, small, core_entries = [], [], 0, 0
+    for k, factor in order:
+        layout, shapes = tensors[k]
+        shape, is_core = shapes[factor], layout.core == factor
+        of_slices, viewed = _slices_of(shape, first_slice.get((k, factor)), len(counts) + (0 if is_core else 1))
+        numbers.append(of_slices.view(1, -1, 1).expand(viewed).reshape(-1))
+        core_entries += shape.numel() if is_core else 0
+        if shape.numel() < _SMALL:
+            small += shape.numel()
+        else:
+            large.append((viewed, of_slices.to(device)))
+    return _Flat(
+        tuple(order),
+        torch.cat(numbers).to(device),
+        torch.tensor(counts, device=device, dtype=dtype),
+        small,
+        tuple(large),
+        torch.tensor([_CORE_STD**-2, 0.0], device=device, dtype=dtype),
+        core_entries,
+    )
+
+
+def _slices_of(
+    shape: torch.Size, governed: tuple[int, int] | None, otherwise: int
+) -> tuple[Tensor, tuple[int, int, int]]:
+    """The numbers of a factor's slices, and its shape as (before, rank, after)."""
+    if governed is None:
+        return torch.tensor([otherwise]), (1, 1, shape.numel())
+    dim, first = governed
+    viewed = (math.prod(shape[:dim]), shape[dim], math.prod(shape[dim + 1 :]))
+    return torch.arange(first, first + shape[dim]), viewed

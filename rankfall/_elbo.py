@@ -3,9 +3,12 @@
 
 import math
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rankfall._divergence import kl_of_factors
+from rankfall._tensor import LowRankTensor
 from rankfall._walk import low_rank_tensors
 
 
@@ -23,16 +26,27 @@ def kl(model: nn.Module) -> Float[Tensor, ""]:
     Raises:
         ValueError: If the model has no low-rank tensor.
     """
-    terms = [tensor.kl() for _, tensor in low_rank_tensors(model)]
-    if not terms:
+    # Tensors of a kind share one flat buffer: small operations cost more than what they compute.
+    alike: dict[object, list[LowRankTensor]] = {}
+    for _, tensor in low_rank_tensors(model):
+        first = tensor.factors[0]
+        alike.setdefault((tensor.prior, first.device, first.dtype, len(tensor.log_stds) > 0), []).append(tensor)
+    if not alike:
         raise ValueError(
             f"{type(model).__name__} has no low-rank tensor, so there is no KL. "
             "Call rf.tensorize_(model, rf.TTM(20)) first."
         )
+    terms = [_kl_of(tensors) for tensors in alike.values()]
     total = terms[0]
     for term in terms[1:]:
         total = total + term.to(total.device)
     return total
+
+
+def _kl_of(tensors: list[LowRankTensor]) -> Tensor:
+    first = tensors[0]
+    with torch.autocast(first.factors[0].device.type, enabled=False):
+        return kl_of_factors(first.prior, [tensor.posterior_factors() for tensor in tensors])
 
 
 def check_weights(num_data: float, beta: float) -> None:

@@ -2,6 +2,7 @@
 """Plain modules without priors: what a device needs to run the model, and nothing of rankfall."""
 
 import copy
+import math
 import operator
 from typing import Any, TypeAlias, cast, get_args
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from rankfall import _contract
+from rankfall._convolve import conv_plan, small_kernels
 from rankfall._lookup import lookup_plan
 from rankfall._swap import swap_
 from rankfall._tensor import LowRankTensor
@@ -19,15 +21,18 @@ from rankfall.nn._formed import Formed
 
 _Layer: TypeAlias = Linear | Embedding | EmbeddingBag | Conv1d | Conv2d | Conv3d | LSTM | GRU | MultiheadAttention
 _LAYERS = get_args(_Layer)
+_POINTS = 256  # Positions of the output of a convolution, taken for its plan: a picture of 16 x 16.
 _CONVOLUTIONS = {Conv1d: nn.Conv1d, Conv2d: nn.Conv2d, Conv3d: nn.Conv3d}
 
 
 def export(model: nn.Module, dense: bool = False, *, batch_size: int = 1) -> nn.Module:
     """A copy of the model made of plain torch modules, at the posterior mean.
 
-    The copy keeps the factors of linear layers and embeddings and their contraction (a torch.fx.GraphModule of einsums
-    per layer), or has formed weights. Convolutions, recurrent and attention layers, and bags, always become torch's own
-    with formed weights. `torch.save(export(model), path)` gives a file that loads where rankfall is not installed.
+    The copy keeps the factors of linear layers, embeddings and convolutions and their contraction (a
+    torch.fx.GraphModule of einsums per layer), or has formed weights. A convolution that is cheaper as a sequence of
+    small ones (1 x 1, k x k, 1 x 1) becomes an nn.Sequential of them. Recurrent and attention layers, and bags, always
+    become torch's own with formed weights. `torch.save(export(model), path)` gives a file that loads where rankfall is
+    not installed.
 
     Example:
         >>> model = nn.Sequential(rf.nn.Linear(12, 20, format=rf.TTM(4)), nn.ReLU()).eval()
@@ -68,9 +73,11 @@ def _plain(layer: _Layer, dense: bool, batch_size: int, shared: dict[int, list[n
     if isinstance(layer, Formed):
         return _formed(layer)
     if isinstance(layer, Linear | Embedding) and not dense:
-        factors = shared.setdefault(id(layer.weight), [_parameter(f, layer.weight) for f in layer.weight.factors])
+        factors = _shared_factors(layer.weight, shared)
         make = _factored_linear if isinstance(layer, Linear) else _factored_embedding
         return make(layer, factors, batch_size)  # pyright: ignore[reportArgumentType]
+    if isinstance(layer, Conv1d | Conv2d | Conv3d) and not dense:
+        return _factored_convolution(layer, shared, batch_size)
     if id(layer.weight) not in shared:
         shared[id(layer.weight)] = [_parameter(layer.weight.dense(), layer.weight)]
     weight = shared[id(layer.weight)][0]
@@ -79,6 +86,10 @@ def _plain(layer: _Layer, dense: bool, batch_size: int, shared: dict[int, list[n
     if isinstance(layer, Embedding | EmbeddingBag):
         return _dense_table(layer, weight)
     return _dense_convolution(layer, weight)
+
+
+def _shared_factors(weight: LowRankTensor, shared: dict[int, list[nn.Parameter]]) -> list[nn.Parameter]:
+    return shared.setdefault(id(weight), [_parameter(f, weight) for f in weight.factors])
 
 
 def _parameter(value: Tensor, of: LowRankTensor) -> nn.Parameter:
@@ -95,19 +106,75 @@ def _formed(layer: Formed) -> nn.Module:
     return plain
 
 
+def _factored_convolution(
+    layer: Conv1d | Conv2d | Conv3d, shared: dict[int, list[nn.Parameter]], batch_size: int
+) -> nn.Module:
+    layout, factors = layer.weight.layout, list(layer.weight.factors)
+    ranks = tuple(layout.ranks([f.shape for f in factors]).items())
+    points = batch_size * _POINTS
+    plan = conv_plan(layout, ranks, layer.groups, points, points // math.prod(layer.stride))
+    small = small_kernels(layout, factors, (plan.maps_in, plan.maps_out))
+    held = sum(value.numel() for value in (small.before, small.kernel, small.after) if value is not None)
+    # Factors of a chain that are joined to small kernels may hold more than the chain, or even the whole.
+    if plan.forms_weight or held > math.prod(layout.shape):
+        return _forming_convolution(layer, _shared_factors(layer.weight, shared))
+    make: Any = _CONVOLUTIONS[type(layer)]
+    dims, steps = len(layer.stride), []
+    slides = _options_of(layer) | {"groups": small.groups}
+    for value, options in ((small.before, {}), (small.kernel, slides), (small.after, {})):
+        if value is None:
+            continue
+        weight = value.reshape(*value.shape, *[1] * (dims + 2 - value.dim()))
+        inside = weight.shape[1] * options.get("groups", 1)
+        step = make(inside, weight.shape[0], tuple(weight.shape[2:]), bias=False, device="meta", **options)
+        step.weight = _parameter(weight, layer.weight)
+        steps.append(step)
+    steps[-1].bias = layer.bias
+    return nn.Sequential(*steps)
+
+
+def _options_of(layer: Conv1d | Conv2d | Conv3d) -> dict[str, Any]:
+    return {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups", "padding_mode")}
+
+
+def _forming_convolution(layer: Conv1d | Conv2d | Conv3d, factors: list[nn.Parameter]) -> fx.GraphModule:
+    """The einsums that form the kernel, and torch's convolution with it, written down as a graph of torch calls."""
+    layout, geometry = layer.weight.layout, layer.geometry
+    root, graph = nn.Module(), fx.Graph()
+    x = graph.placeholder("x")
+    pending = []
+    for k, factor in enumerate(factors):
+        root.register_parameter(f"factor_{k}", factor)
+        pending.append(graph.get_attr(f"factor_{k}"))
+    for positions, equation in _contract.dense_plan(layout, [f.shape for f in factors]).steps:
+        taken = [pending[k] for k in positions]
+        pending = [node for k, node in enumerate(pending) if k not in positions]
+        pending.append(graph.call_function(torch.einsum, (equation, *taken)))
+    kernel = graph.call_method("reshape", (pending[0], layout.padded_shape))
+    for axis, (size, padded) in enumerate(zip(layout.shape, layout.padded_shape, strict=True)):
+        kernel = graph.call_method("narrow", (kernel, axis, 0, size)) if padded > size else kernel
+    padding: Any = tuple(before for before, _ in geometry.padding)
+    if geometry.padding_mode != "zeros" or any(before != after for before, after in geometry.padding):
+        sides = [n for pair in reversed(geometry.padding) for n in pair]
+        mode = "constant" if geometry.padding_mode == "zeros" else geometry.padding_mode
+        x, padding = graph.call_function(F.pad, (x, sides, mode)), 0
+    root.register_parameter("bias", layer.bias)
+    bias = None if layer.bias is None else graph.get_attr("bias")
+    slide = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}[_CONVOLUTIONS[type(layer)]]
+    options = (geometry.stride, padding, geometry.dilation, geometry.groups)
+    graph.output(graph.call_function(slide, (x, kernel, bias, *options)))
+    return fx.GraphModule(root, graph, class_name="FactoredConvolution")
+
+
 def _dense_convolution(layer: Conv1d | Conv2d | Conv3d, weight: nn.Parameter) -> nn.Module:
     make: Any = _CONVOLUTIONS[type(layer)]
     plain = make(
         layer.in_channels,
         layer.out_channels,
         layer.kernel_size,
-        layer.stride,
-        layer.padding,
-        layer.dilation,
-        layer.groups,
-        layer.bias is not None,
-        layer.padding_mode,
+        bias=layer.bias is not None,
         device="meta",
+        **_options_of(layer),
     )
     plain.weight, plain.bias = weight, layer.bias
     return plain

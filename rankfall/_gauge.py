@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankfall._divergence import kl_of_factors
+from rankfall._divergence import Factors, kl_of_factors
 from rankfall._formats import CP, TR, Format, Layout, Tucker
 from rankfall._priors import Prior
 
@@ -101,7 +101,7 @@ def _rotate(gauge: Gauge, format: Format) -> None:
 
 
 def _kl(gauge: Gauge, prior: Prior) -> float:
-    value = float(kl_of_factors(gauge.layout, prior, gauge.means, [0.5 * v.log() for v in gauge.variances]))
+    value = float(kl_of_factors(prior, [Factors(gauge.layout, gauge.means, [0.5 * v.log() for v in gauge.variances])]))
     return value if math.isfinite(value) else math.inf
 
 
@@ -271,7 +271,7 @@ def _balanced(gauge: Gauge, prior: Prior) -> Gauge:
     def loss() -> Tensor:
         search.zero_grad()
         scaled = _scaled(gauge, free)
-        value = kl_of_factors(layout, prior, scaled.means, [0.5 * v.log() for v in scaled.variances])
+        value = kl_of_factors(prior, [Factors(layout, scaled.means, [0.5 * v.log() for v in scaled.variances])])
         value.backward()
         return value
 

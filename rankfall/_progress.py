@@ -6,6 +6,17 @@ from types import TracebackType
 from typing import Any
 
 _LINES = 10  # How many lines a whole run prints where there is no terminal.
+_LAYERS = 4  # Ranks of more layers than this do not fit a line.
+
+
+def listed(ranks: Mapping[str, Mapping[str, int]]) -> str:
+    """The ranks by layer, or what they span if there are many."""
+    if len(ranks) <= _LAYERS:
+        return "  ".join(f"{path} {' '.join(map(str, bonds.values()))}".strip() for path, bonds in ranks.items())
+    every = sorted(rank for bonds in ranks.values() for rank in bonds.values())
+    if not every:
+        return ""
+    return f"{every[0]} to {every[-1]}, median {every[len(every) // 2]}, of {len(every)} bonds in {len(ranks)} layers"
 
 
 class ProgressBar:
@@ -43,9 +54,7 @@ class ProgressBar:
 
     def show(self, record: Mapping[str, Any]) -> None:
         """Shows one finished epoch."""
-        ranks = "  ".join(
-            f"{path} {' '.join(str(r) for r in bonds.values())}".strip() for path, bonds in record["ranks"].items()
-        )
+        ranks = listed(record["ranks"])
         state = f"loss {record['loss']:.4f}  {record['compression']:.1f}x" + (f"  ranks {ranks}" if ranks else "")
         done = record["epoch"] + 1
         self._bar.update(self._task, completed=done, state=state)

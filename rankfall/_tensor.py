@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rankfall import _contract, _decompose, _gauge
-from rankfall._divergence import governed_moments, kl_of_factors, per_slice, second_moments
+from rankfall._divergence import Factors, governed_moments, kl_of_factors, per_slice, second_moments
 from rankfall._formats import Format
 from rankfall._posteriors import MeanField, Posterior, draw
 from rankfall._priors import HalfCauchy, Prior
@@ -157,7 +157,7 @@ class LowRankTensor(nn.Module):
         Point: the negative log prior up to a constant; terms in std are dropped (model of arXiv 2010.08689).
         """
         with torch.autocast(self.factors[0].device.type, enabled=False):
-            return kl_of_factors(self.layout, self.prior, list(self.factors), list(self.log_stds))
+            return kl_of_factors(self.prior, [self.posterior_factors()])
 
     @torch.no_grad()
     def entry_kl(self) -> float:
@@ -165,7 +165,11 @@ class LowRankTensor(nn.Module):
 
         A hyperprior is a density of scales, so its value would depend on their unit when slices are counted.
         """
-        return float(kl_of_factors(self.layout, self.prior, list(self.factors), list(self.log_stds), hyperprior=False))
+        return float(kl_of_factors(self.prior, [self.posterior_factors()], hyperprior=False))
+
+    def posterior_factors(self) -> Factors:
+        """What `kl` is computed from."""
+        return Factors(self.layout, list(self.factors), list(self.log_stds))
 
     @torch.no_grad()
     def prior_scales(self, *, means_only: bool = False) -> dict[str, Float[Tensor, " rank"]]:

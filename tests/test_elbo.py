@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
 import rankfall as rf
-from rankfall._divergence import kl_of_factors
+from rankfall import _divergence
+from rankfall._divergence import Factors, kl_of_factors
 
 
 def two_layers():
@@ -34,9 +37,36 @@ def test_the_gradient_of_the_kl_is_that_of_finite_differences(kind, prior, poste
     count = len(t.factors)
 
     def value(*values):
-        return kl_of_factors(t.layout, t.prior, values[:count], values[count:])
+        return kl_of_factors(t.prior, [Factors(t.layout, values[:count], values[count:])])
 
     assert torch.autograd.gradcheck(value, parameters, eps=1e-6, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("small", [0, 30, 10**6], ids=["none small", "some small", "all small"])
+def test_all_tensors_together_are_the_sum_of_each(monkeypatch, kind, posterior, small):
+    """Law: one buffer for all layers changes neither the KL nor its gradient, however its sums are done."""
+    torch.manual_seed(0)
+    make = partial(rf.LowRankTensor, posterior=posterior, dtype=torch.float64)
+    tensors = [make((4, 6), kind(2)), make((9, 8), kind(3)), make((5, 7), rf.Tucker(3)), make((3, 4, 5), rf.CP(2))]
+    tensors[1].keep_slices_(next(iter(tensors[1].ranks)), torch.tensor([], dtype=torch.int64))
+    other = make((6, 6), kind(2), prior=rf.LogUniform())
+    model = nn.ModuleList([*tensors, other])
+    alone = sum(t.kl() for t in model)
+    expected = torch.autograd.grad(alone, list(model.parameters()))
+    monkeypatch.setattr(_divergence, "_SMALL", small)
+    _divergence._flat.cache_clear()
+    together = rf.kl(model)
+    torch.testing.assert_close(together, alone)
+    torch.testing.assert_close(torch.autograd.grad(together, list(model.parameters())), expected)
+    _divergence._flat.cache_clear()
+
+
+def test_tensors_of_several_types_have_one_kl():
+    model = nn.ModuleList(
+        [rf.LowRankTensor((4, 6), rf.TT(2), dtype=dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16)]
+    )
+    rf.kl(model).backward()
+    assert all(p.grad is not None and p.grad.dtype == p.dtype for p in model.parameters())
 
 
 def test_kl_of_a_lone_tensor():

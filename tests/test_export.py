@@ -181,3 +181,46 @@ def test_a_factored_table_stays_small_and_tied(kind):
         plain = rf.export(model.eval(), dense=dense)
         assert sum(p.numel() for p in plain.parameters()) == size
         torch.testing.assert_close(plain["out"](torch.eye(8)), plain["embed"](torch.arange(500)).T)
+
+
+CONVOLUTIONS = {
+    "same, even kernel": (rf.nn.Conv1d, (5, 7, 4), {"padding": "same", "dilation": 3}, (2, 5, 11)),
+    "reflect": (
+        rf.nn.Conv2d,
+        (6, 9, (3, 5)),
+        {"padding": 2, "padding_mode": "reflect", "stride": 2},
+        (2, 6, 9, 8),
+    ),
+    "unbatched": (rf.nn.Conv2d, (6, 9, 3), {"padding": 1, "bias": False}, (6, 9, 8)),
+    "three dimensions": (rf.nn.Conv3d, (4, 6, 2), {"padding": 1}, (1, 4, 5, 4, 3)),
+    "grouped": (rf.nn.Conv2d, (6, 9, 3), {"groups": 3}, (2, 6, 9, 8)),
+    "wide": (rf.nn.Conv2d, (64, 96, 3), {"padding": 1}, (1, 64, 6, 6)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")  # What torch's own layer says.
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_a_factored_convolution_computes_what_the_layer_does(kind, name):
+    make, sizes, options, shape = CONVOLUTIONS[name]
+    layer = make(*sizes, format=kind(3), **options).eval()
+    x = torch.randn(shape)
+    plain = rf.export(layer)
+    torch.testing.assert_close(plain(x), layer(x), rtol=1e-4, atol=1e-5)
+    kept = sum(p.numel() for p in plain.parameters())
+    summary = rf.summary(layer)
+    assert kept <= max(summary.parameters, summary.dense_parameters)
+
+
+@pytest.mark.parametrize("kind", [rf.CP, rf.Tucker], ids=lambda k: k.__name__)
+def test_a_wide_convolution_becomes_three_small_ones(kind):
+    layer = rf.nn.Conv2d(64, 96, 3, format=kind(8))
+    plain = rf.export(layer.eval())
+    assert [type(step) for step in plain] == [nn.Conv2d] * 3
+    assert [step.kernel_size for step in plain] == [(1, 1), (3, 3), (1, 1)]
+    assert sum(p.numel() for p in plain.parameters()) < 5 * rf.summary(layer).parameters < 64 * 96 * 9 / 2
+
+
+@pytest.mark.parametrize("kind", [rf.Tucker, rf.TTM], ids=lambda k: k.__name__)
+def test_a_frozen_convolution_stays_frozen(kind):
+    layer = rf.nn.Conv2d(64, 96, 3, format=kind(4), bias=False).requires_grad_(False)
+    assert not any(p.requires_grad for p in rf.export(layer.eval()).parameters())

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import rankfall as rf
+from rankfall._progress import listed
 
 N = 64
 
@@ -357,6 +358,19 @@ def test_progress_is_shown_only_if_wanted(capsys, monkeypatch):
     assert len(lines) == 3
     assert lines[-1].startswith("epoch 3/3  loss ")
     assert lines[-1].endswith("ranks 0 4")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "text"),
+    [
+        ({"": {"r1": 3, "r2": 2}}, "3 2"),
+        ({"a": {"r1": 3}, "b": {"r1": 4, "r2": 5}}, "a 3  b 4 5"),
+        ({str(k): {"r1": k, "r2": 9} for k in range(5)}, "0 to 9, median 9, of 10 bonds in 5 layers"),
+        ({str(k): {} for k in range(5)}, ""),
+    ],
+)
+def test_ranks_of_many_layers_are_summed_up(ranks, text):
+    assert listed(ranks) == text
 
 
 def test_mixed_precision_keeps_the_kl_wide_and_leaves_the_model_as_it_was():
