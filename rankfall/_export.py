@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from rankfall import _contract
 from rankfall._convolve import conv_plan, small_kernels
+from rankfall._einsum import Plan
 from rankfall._lookup import lookup_plan
 from rankfall._swap import swap_
 from rankfall._tensor import LowRankTensor
@@ -28,10 +29,10 @@ _CONVOLUTIONS = {Conv1d: nn.Conv1d, Conv2d: nn.Conv2d, Conv3d: nn.Conv3d}
 def export(model: nn.Module, dense: bool = False, *, batch_size: int = 1) -> nn.Module:
     """A copy of the model made of plain torch modules, at the posterior mean.
 
-    The copy keeps the factors of linear layers, embeddings and convolutions and their contraction (a
+    The copy keeps the factors of linear layers, embeddings, bags and convolutions and their contraction (a
     torch.fx.GraphModule of einsums per layer), or has formed weights. A convolution that is cheaper as a sequence of
-    small ones (1 x 1, k x k, 1 x 1) becomes an nn.Sequential of them. Recurrent and attention layers, and bags, always
-    become torch's own with formed weights. `torch.save(export(model), path)` gives a file that loads where rankfall is
+    small ones (1 x 1, k x k, 1 x 1) becomes an nn.Sequential of them. Recurrent and attention layers always become
+    torch's own with formed weights. `torch.save(export(model), path)` gives a file that loads where rankfall is
     not installed.
 
     Example:
@@ -72,10 +73,9 @@ def export(model: nn.Module, dense: bool = False, *, batch_size: int = 1) -> nn.
 def _plain(layer: _Layer, dense: bool, batch_size: int, shared: dict[int, list[nn.Parameter]]) -> nn.Module:
     if isinstance(layer, Formed):
         return _formed(layer)
-    if isinstance(layer, Linear | Embedding) and not dense:
-        factors = _shared_factors(layer.weight, shared)
-        make = _factored_linear if isinstance(layer, Linear) else _factored_embedding
-        return make(layer, factors, batch_size)  # pyright: ignore[reportArgumentType]
+    if isinstance(layer, Linear | Embedding | EmbeddingBag) and not dense:
+        make: Any = {Linear: _factored_linear, Embedding: _factored_embedding, EmbeddingBag: _factored_bag}[type(layer)]
+        return make(layer, _shared_factors(layer.weight, shared), batch_size)
     if isinstance(layer, Conv1d | Conv2d | Conv3d) and not dense:
         return _factored_convolution(layer, shared, batch_size)
     if id(layer.weight) not in shared:
@@ -146,11 +146,8 @@ def _forming_convolution(layer: Conv1d | Conv2d | Conv3d, factors: list[nn.Param
     for k, factor in enumerate(factors):
         root.register_parameter(f"factor_{k}", factor)
         pending.append(graph.get_attr(f"factor_{k}"))
-    for positions, equation in _contract.dense_plan(layout, [f.shape for f in factors]).steps:
-        taken = [pending[k] for k in positions]
-        pending = [node for k, node in enumerate(pending) if k not in positions]
-        pending.append(graph.call_function(torch.einsum, (equation, *taken)))
-    kernel = graph.call_method("reshape", (pending[0], layout.padded_shape))
+    kernel = _einsums(graph, pending, _contract.dense_plan(layout, [f.shape for f in factors]))
+    kernel = graph.call_method("reshape", (kernel, layout.padded_shape))
     for axis, (size, padded) in enumerate(zip(layout.shape, layout.padded_shape, strict=True)):
         kernel = graph.call_method("narrow", (kernel, axis, 0, size)) if padded > size else kernel
     padding: Any = tuple(before for before, _ in geometry.padding)
@@ -220,11 +217,8 @@ def _factored_linear(layer: Linear, factors: list[nn.Parameter], batch_size: int
     for k, factor in enumerate(factors):
         root.register_parameter(f"factor_{k}", factor)
         pending.append(graph.get_attr(f"factor_{k}"))
-    for positions, equation in _contract.linear_plan(layout, [f.shape for f in factors], batch_size).steps:
-        taken = [pending[k] for k in positions]
-        pending = [node for k, node in enumerate(pending) if k not in positions]
-        pending.append(graph.call_function(torch.einsum, (equation, *taken)))
-    y = graph.call_method("flatten", (pending[0], -len(out_modes)))
+    y = _einsums(graph, pending, _contract.linear_plan(layout, [f.shape for f in factors], batch_size))
+    y = graph.call_method("flatten", (y, -len(out_modes)))
     if padded_out > layer.out_features:
         y = graph.call_method("narrow", (y, -1, 0, layer.out_features))
     root.register_parameter("bias", layer.bias)
@@ -236,11 +230,53 @@ def _factored_linear(layer: Linear, factors: list[nn.Parameter], batch_size: int
 
 def _factored_embedding(layer: Embedding, factors: list[nn.Parameter], batch_size: int) -> fx.GraphModule:
     """The reads and einsums of `_lookup.lookup` written down as a graph of torch calls."""
-    layout = layer.weight.layout
     root, graph = nn.Module(), fx.Graph()
     ids = graph.placeholder("ids")
-    rest = graph.call_method("reshape", (ids, -1))
-    flat, digit = rest, {}
+    flat = graph.call_method("reshape", (ids, -1))
+    rows = _read_rows(root, graph, flat, layer.weight, factors, batch_size)
+    if layer.padding_idx is not None:
+        words = graph.call_method("unsqueeze", (graph.call_function(operator.ne, (flat, layer.padding_idx)), 1))
+        rows = graph.call_function(operator.mul, (rows, words))
+    shape = graph.call_function(operator.add, (graph.call_method("size", (ids,)), (layer.embedding_dim,)))
+    graph.output(graph.call_method("reshape", (rows, shape)))
+    return fx.GraphModule(root, graph, class_name="FactoredEmbedding")
+
+
+def _factored_bag(layer: EmbeddingBag, factors: list[nn.Parameter], batch_size: int) -> fx.GraphModule:
+    """The rows of all ids, and torch's reduction of them: bags of places, of which 0 is padding."""
+    root, graph = nn.Module(), fx.Graph()
+    ids = graph.placeholder("input")
+    offsets, weights = (graph.placeholder(name, default_value=None) for name in ("offsets", "per_sample_weights"))
+    flat = graph.call_method("reshape", (ids, -1))
+    rows = _read_rows(root, graph, flat, layer.weight, factors, batch_size)
+    table = graph.call_function(F.pad, (rows, (0, 0, 1, 0)))
+    places = graph.call_method("cumsum", (graph.call_function(torch.ones_like, (flat,)), 0))
+    if layer.padding_idx is not None:
+        places = graph.call_function(
+            operator.mul, (places, graph.call_function(operator.ne, (flat, layer.padding_idx)))
+        )
+    places = graph.call_method("view_as", (graph.call_method("type_as", (places, ids)), ids))
+    options = {
+        "offsets": offsets,
+        "mode": layer.mode,
+        "per_sample_weights": weights,
+        "include_last_offset": layer.include_last_offset,
+        "padding_idx": None if layer.padding_idx is None else 0,
+    }
+    graph.output(graph.call_function(F.embedding_bag, (places, table), options))
+    return fx.GraphModule(root, graph, class_name="FactoredEmbeddingBag")
+
+
+def _read_rows(
+    root: nn.Module,
+    graph: fx.Graph,
+    flat: fx.Node,
+    weight: LowRankTensor,
+    factors: list[nn.Parameter],
+    batch_size: int,
+) -> fx.Node:
+    """Rows of a table in factors by their ids, shape (n, width); registers the factors."""
+    layout, rest, digit = weight.layout, flat, {}
     for name, mode in zip(reversed(layout.axes[0]), reversed(layout.modes[0]), strict=True):
         digit[name] = graph.call_function(torch.remainder, (rest, mode))
         rest = graph.call_function(torch.div, (rest, mode), {"rounding_mode": "floor"})
@@ -253,15 +289,14 @@ def _factored_embedding(layer: Embedding, factors: list[nn.Parameter], batch_siz
             read = graph.call_method("movedim", (read, dim, 0))
             read = graph.call_method("index_select", (read, 0, digit[axes[dim]]))
         pending.append(read)
-    for positions, equation in lookup_plan(layout, [f.shape for f in factors], batch_size).steps:
+    rows = _einsums(graph, pending, lookup_plan(layout, [f.shape for f in factors], batch_size))
+    return graph.call_method("narrow", (graph.call_method("flatten", (rows, 1)), 1, 0, layout.shape[1]))
+
+
+def _einsums(graph: fx.Graph, pending: list[fx.Node], plan: Plan) -> fx.Node:
+    """The steps of a plan as calls of torch.einsum."""
+    for positions, equation in plan.steps:
         taken = [pending[k] for k in positions]
         pending = [node for k, node in enumerate(pending) if k not in positions]
         pending.append(graph.call_function(torch.einsum, (equation, *taken)))
-    rows = graph.call_method("flatten", (pending[0], 1))
-    rows = graph.call_method("narrow", (rows, 1, 0, layer.embedding_dim))
-    if layer.padding_idx is not None:
-        words = graph.call_method("unsqueeze", (graph.call_function(operator.ne, (flat, layer.padding_idx)), 1))
-        rows = graph.call_function(operator.mul, (rows, words))
-    shape = graph.call_function(operator.add, (graph.call_method("size", (ids,)), (layer.embedding_dim,)))
-    graph.output(graph.call_method("reshape", (rows, shape)))
-    return fx.GraphModule(root, graph, class_name="FactoredEmbedding")
+    return pending[0]

@@ -114,20 +114,23 @@ def test_a_saved_export_runs_where_rankfall_is_not_installed(tmp_path):
     x, cases = torch.randn(3, 13), []
     for kind in FORMATS:
         model = model_of(kind).eval()
-        cases += [(rf.export(model, dense=dense), model(x).detach()) for dense in (False, True)]
-    torch.save({"cases": cases, "x": x}, tmp_path / "plain.pt")
+        cases += [(rf.export(model, dense=dense), (x,), model(x).detach()) for dense in (False, True)]
+    for name in ("embedding", "bag", "convolution", "grouped"):
+        layer, inputs = layers(rf.Tucker)[name]
+        cases += [(rf.export(layer.eval()), inputs, layer(*inputs).detach())]
+    torch.save(cases, tmp_path / "plain.pt")
     script = """
         import sys
         sys.modules["rankfall"] = None
         import torch
-        file = torch.load(sys.argv[1], weights_only=False)
-        for model, y in file["cases"]:
-            torch.testing.assert_close(model(file["x"]), y)
+        cases = torch.load(sys.argv[1], weights_only=False)
+        for model, x, y in cases:
+            torch.testing.assert_close(model(*x), y)
         assert not [name for name in sys.modules if name.startswith("rankfall.")]
         try:
             import rankfall
         except ImportError:
-            print(len(file["cases"]), "loaded")
+            print(len(cases), "loaded")
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "plain.pt")],
@@ -136,7 +139,7 @@ def test_a_saved_export_runs_where_rankfall_is_not_installed(tmp_path):
         check=False,
         cwd=tmp_path,
     )
-    assert done.stdout == f"{2 * len(FORMATS)} loaded\n", done.stderr
+    assert done.stdout == f"{2 * len(FORMATS) + 4} loaded\n", done.stderr
 
 
 @pytest.mark.parametrize("dense", [False, True], ids=["factored", "dense"])
@@ -224,3 +227,20 @@ def test_a_wide_convolution_becomes_three_small_ones(kind):
 def test_a_frozen_convolution_stays_frozen(kind):
     layer = rf.nn.Conv2d(64, 96, 3, format=kind(4), bias=False).requires_grad_(False)
     assert not any(p.requires_grad for p in rf.export(layer.eval()).parameters())
+
+
+@pytest.mark.parametrize("padding_idx", [None, 3])
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_a_factored_bag_reduces_as_the_layer_does(kind, mode, padding_idx, dtype):
+    layer = rf.nn.EmbeddingBag(97, 7, mode, padding_idx, include_last_offset=True, format=kind(3)).eval()
+    plain = rf.export(layer)
+    assert sum(p.numel() for p in plain.parameters()) == rf.summary(layer).parameters
+    ids = torch.tensor([3, 96, 3, 0, 50, 3, 3], dtype=dtype)
+    offsets = torch.tensor([0, 2, 2, 5, 7], dtype=dtype)  # One bag is empty, one holds padding alone.
+    torch.testing.assert_close(plain(ids, offsets), layer(ids, offsets), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(plain(ids.view(1, 7)), layer(ids.view(1, 7)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(plain(ids[:0].view(0, 4)), layer(ids[:0].view(0, 4)))
+    if mode == "sum":
+        weights = torch.randn(7)
+        torch.testing.assert_close(plain(ids, offsets, weights), layer(ids, offsets, weights), rtol=1e-4, atol=1e-5)
