@@ -1,14 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is done with a low-rank weight, once for all formats: form it, apply it as a matrix, measure it."""
+"""What is done with a low-rank weight, once for all formats: form it whole or in two halves, and measure it."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
-import torch.nn.functional as F
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rankfall._einsum import BATCH, Axes, Plan, contract, plan, run
+from rankfall._einsum import Axes, Plan, contract, plan, run
 from rankfall._formats import Layout
+
+SLOWER_IN_STEPS = 2
+"""How much longer a contraction pair by pair takes than its operations say: batched products, and copies between."""
 
 
 def _flat_modes(layout: Layout) -> Axes:
@@ -23,40 +30,134 @@ def dense_plan(layout: Layout, shapes: Sequence[Sequence[int]]) -> Plan:
 
 def dense(layout: Layout, factors: Sequence[Tensor]) -> Float[Tensor, "*shape"]:
     """The tensor that the factors stand for, of the shape its user gave: padding is cut off."""
-    padded = run(dense_plan(layout, [f.shape for f in factors]), factors).reshape(layout.padded_shape)
+    shapes = tuple(tuple(f.shape) for f in factors)
+    pair = _forming(layout, shapes)[1]
+    if pair is not None:
+        a, b = pair.matrices(layout, factors)
+        assert a is not None
+        return a @ b
+    padded = run(dense_plan(layout, shapes), factors).reshape(layout.padded_shape)
     if layout.padded_shape == layout.shape:
         return padded
     return padded[tuple(slice(n) for n in layout.shape)]
 
 
-def linear_plan(layout: Layout, shapes: Sequence[Sequence[int]], rows: int) -> Plan:
-    """The cheapest way to multiply `rows` vectors by a matrix in factors: form the matrix, or never do.
+@dataclass(frozen=True)
+class Halves:
+    """A matrix as a product of two: W = A B, over the bonds between the factors of A and those of B.
 
-    One search covers all ways: factors first and x last is the formed matrix; out-factors and in-factors apart is a
-    product of two thin matrices; x first is factor by factor.
-
-    Args:
-        layout: A layout with two axes.
-        shapes: The shapes of the factors, at today's ranks.
-        rows: The number of vectors; rounded up to a power of two, so that few plans are made.
+    Attributes:
+        first: The factors of A, which bear the modes of the first axis.
+        second: The factors of B.
+        joint: The bonds between.
     """
-    out_names, in_names = layout.axes
-    sizes = layout.mode_sizes | layout.ranks(shapes) | {BATCH: 1 << (max(rows, 1) - 1).bit_length()}
-    return plan(((BATCH, *in_names), *layout.factors), (BATCH, *out_names), tuple(sizes.items()))
+
+    first: tuple[int, ...]
+    second: tuple[int, ...]
+    joint: Axes
+
+    def matrices(
+        self, layout: Layout, factors: Sequence[Tensor], *, first: bool = True
+    ) -> tuple[Tensor | None, Tensor]:
+        """A, shape (first axis, joint ranks), or None if not `first`; B, shape (joint ranks, second axis).
+
+        Padding is cut off.
+        """
+        (rows, width), joint = layout.axes, self.joint
+        b = self._contracted(layout, factors, self.second, (*joint, *width), len(joint))[:, : layout.shape[1]]
+        if not first:
+            return None, b
+        return self._contracted(layout, factors, self.first, (*rows, *joint), len(rows))[: layout.shape[0]], b
+
+    @staticmethod
+    def _contracted(
+        layout: Layout, factors: Sequence[Tensor], which: Sequence[int], axes: Axes, leading: int
+    ) -> Tensor:
+        found = contract([layout.factors[k] for k in which], axes, [factors[k] for k in which])
+        return found.reshape(math.prod(found.shape[:leading]), math.prod(found.shape[leading:]))
 
 
-def linear(
-    layout: Layout, factors: Sequence[Tensor], x: Float[Tensor, "*batch in_features"]
-) -> Float[Tensor, "*batch out_features"]:
-    """X @ dense().T, in the order that `linear_plan` finds."""
-    out_modes, in_modes = layout.modes
-    (out_features, in_features), (padded_out, padded_in) = layout.shape, layout.padded_shape
-    rows = x.numel() // in_features
-    steps = linear_plan(layout, [f.shape for f in factors], rows)
-    if padded_in > in_features:
-        x = F.pad(x, (0, padded_in - in_features))
-    y = run(steps, [x.unflatten(-1, in_modes), *factors]).flatten(-len(out_modes))
-    return y[..., :out_features] if padded_out > out_features else y
+def halves(layout: Layout, shapes: Sequence[Sequence[int]]) -> Halves | None:
+    """The thinnest product of two matrices that a layout of two axes has; None for a TT-matrix.
+
+    Factors with modes of one axis alone stand on its side; a Tucker core stands where fewer slices are between.
+    """
+    sides: list[int | None] = []
+    for axes in layout.factors:
+        on = {side for side in (0, 1) if set(layout.axes[side]) & set(axes)}
+        if len(on) == 2:
+            return None
+        sides.append(on.pop() if on else None)
+    sizes, found = layout.ranks(shapes), []
+    for core_side in (0, 1):
+        first, second = (
+            tuple(k for k, side in enumerate(sides) if (core_side if side is None else side) == which)
+            for which in (0, 1)
+        )
+        names = [{n for k in which for n in layout.factors[k]} for which in (first, second)]
+        joint = tuple(bond for bond in layout.bonds if bond in names[0] & names[1])
+        found.append((math.prod(sizes[bond] for bond in joint), Halves(first, second, joint)))
+    return min(found, key=lambda pair: pair[0])[1]
+
+
+def plan_of_halves(layout: Layout, shapes: Sequence[Sequence[int]], pair: Halves) -> Plan:
+    """What making the two matrices costs."""
+    sizes = layout.mode_sizes | layout.ranks(shapes)
+    plans = []
+    for which, axes in ((pair.first, (*layout.axes[0], *pair.joint)), (pair.second, (*pair.joint, *layout.axes[1]))):
+        inputs = tuple(layout.factors[k] for k in which)
+        used = {n for names in inputs for n in names}
+        plans.append(plan(inputs, axes, tuple((n, s) for n, s in sizes.items() if n in used)))
+    return Plan((), sum(p.flops for p in plans), sum(p.elements for p in plans))
+
+
+@lru_cache(maxsize=4096)
+def _forming(layout: Layout, shapes: tuple[tuple[int, ...], ...]) -> tuple[Plan, Halves | None]:
+    """What forming the tensor costs, and its halves if it is formed as their product, which needs no copies."""
+    one_by_one = dense_plan(layout, shapes)
+    pair = halves(layout, shapes) if len(layout.axes) == 2 else None
+    if pair is None:
+        return one_by_one, None
+    parts, (rows, width) = plan_of_halves(layout, shapes, pair), layout.shape
+    rank = math.prod(layout.ranks(shapes)[bond] for bond in pair.joint)
+    product = Plan((), parts.flops + 2 * rows * rank * width, parts.elements + rows * width + rank * (rows + width))
+    return (product, pair) if product.cost < SLOWER_IN_STEPS * one_by_one.cost else (one_by_one, None)
+
+
+def forming_plan(layout: Layout, shapes: Sequence[Sequence[int]]) -> Plan:
+    """What `dense` costs."""
+    return _forming(layout, tuple(map(tuple, shapes)))[0]
+
+
+def mixed(left: Float[Tensor, "p q"], right: Float[Tensor, "n q s"]) -> Float[Tensor, "n p s"]:
+    """left @ right[k] for every k. Autograd alone would keep a gradient of `left` for each of them."""
+    if torch.is_autocast_enabled(right.device.type):
+        dtype = torch.get_autocast_dtype(right.device.type)
+        left, right = left.to(dtype), right.to(dtype)
+    value: Tensor = _Mixed.apply(left, right)  # pyright: ignore
+    return value
+
+
+class _Mixed(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(left: Tensor, right: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return torch.bmm(left.expand(len(right), *left.shape), right)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # noqa: ANN401  autograd's
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:  # noqa: ANN401  # pyright: ignore
+        left, right = ctx.saved_tensors
+        of_left = of_right = None
+        if ctx.needs_input_grad[0]:
+            of_left = torch.addbmm(torch.zeros_like(left), gradient, right.transpose(1, 2))
+        if ctx.needs_input_grad[1]:
+            of_right = torch.bmm(left.T.expand(len(right), *left.T.shape), gradient)
+        return of_left, of_right
 
 
 def squared_norm(layout: Layout, factors: Sequence[Tensor]) -> Float[Tensor, ""]:

@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from rankfall import _contract
 from rankfall._conversions import conversion_of
 from rankfall._formats import Format
+from rankfall._matmul import linear_way
 from rankfall._summary import Summary, summary
 from rankfall._tensorize import tensorize_
 from rankfall.nn import Linear
@@ -127,8 +127,8 @@ def _planned(model: nn.Module, batch_size: int) -> dict[str, int]:
     found = {}
     for path, layer in model.named_modules():
         if isinstance(layer, Linear):
-            shapes = [f.shape for f in layer.weight.factors]
-            found[path] = _contract.linear_plan(layer.weight.layout, shapes, batch_size).flops
+            shapes = tuple(tuple(f.shape) for f in layer.weight.factors)
+            found[path] = linear_way(layer.weight.layout, shapes, batch_size).flops
         elif type(layer) is nn.Linear:
             found[path] = 2 * batch_size * layer.in_features * layer.out_features
     return found

@@ -48,6 +48,11 @@ def cost_of(flops: int, elements: int) -> int:
     return flops + _FLOPS_PER_ELEMENT_MOVED * elements
 
 
+def rounded(count: int) -> int:
+    """The next power of two, so that few plans are made."""
+    return 1 << (max(count, 1) - 1).bit_length()
+
+
 def _equation(inputs: Sequence[Axes], output: Axes) -> str:
     # Letters are given out afresh per step, so a network may have more than 52 names.
     names = dict.fromkeys(name for axes in (*inputs, output) for name in axes if name != BATCH)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from rankfall import _contract
+from rankfall import _contract, _matmul
 from rankfall._convolve import conv_plan, small_kernels
 from rankfall._einsum import Plan
 from rankfall._lookup import lookup_plan
@@ -206,7 +206,7 @@ def _dense_linear(layer: Linear, weight: nn.Parameter) -> nn.Linear:
 
 
 def _factored_linear(layer: Linear, factors: list[nn.Parameter], batch_size: int) -> fx.GraphModule:
-    """The einsums of `_contract.linear` written down as a graph of torch calls."""
+    """The einsums of `linear_plan` written down as a graph of torch calls."""
     layout = layer.weight.layout
     (out_modes, in_modes), (padded_out, padded_in) = layout.modes, layout.padded_shape
     root, graph = nn.Module(), fx.Graph()
@@ -217,7 +217,7 @@ def _factored_linear(layer: Linear, factors: list[nn.Parameter], batch_size: int
     for k, factor in enumerate(factors):
         root.register_parameter(f"factor_{k}", factor)
         pending.append(graph.get_attr(f"factor_{k}"))
-    y = _einsums(graph, pending, _contract.linear_plan(layout, [f.shape for f in factors], batch_size))
+    y = _einsums(graph, pending, _matmul.linear_plan(layout, [f.shape for f in factors], batch_size))
     y = graph.call_method("flatten", (y, -len(out_modes)))
     if padded_out > layer.out_features:
         y = graph.call_method("narrow", (y, -1, 0, layer.out_features))

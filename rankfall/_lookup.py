@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows of a low-rank matrix: what an embedding computes, without forming the table."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from rankfall import _contract
-from rankfall._einsum import Plan, plan, run
+from rankfall._contract import Halves, halves, mixed
+from rankfall._einsum import Axes, Plan, contract, cost_of, plan, rounded, run
 from rankfall._formats import Layout
 
 _ROW = "row"  # The axis of the wanted rows, which all factors of row modes share.
@@ -31,45 +35,204 @@ def digits(rows: Int[Tensor, " n"], modes: Sequence[int]) -> list[Int[Tensor, " 
 
 
 def lookup_plan(layout: Layout, shapes: Sequence[Sequence[int]], rows: int) -> Plan:
-    """The cheapest order in which the wanted rows are contracted; see `lookup`.
+    """The cheapest order in which the wanted rows are contracted from all factors, each read at its digit.
 
     Args:
         layout: A layout with two axes.
         shapes: The shapes of the factors, at today's ranks.
         rows: The number of rows; rounded up to a power of two, so that few plans are made.
     """
+    return _row_plan(layout, shapes, rows, tuple(range(len(layout.factors))), layout.axes[1])
+
+
+def _row_plan(layout: Layout, shapes: Sequence[Sequence[int]], rows: int, which: Sequence[int], kept: Axes) -> Plan:
+    """The order for some of the factors, whose rows have the axes `kept`."""
     row_modes = set(layout.axes[0])
-    inputs = tuple(tuple(_ROW if name in row_modes else name for name in axes) for axes in layout.factors)
-    sizes = layout.mode_sizes | layout.ranks(shapes) | {_ROW: 1 << (max(rows, 1) - 1).bit_length()}
+    inputs = tuple(tuple(_ROW if n in row_modes else n for n in layout.factors[k]) for k in which)
     inputs = tuple(tuple(sorted(axes, key=lambda name: name != _ROW)) for axes in inputs)
-    return plan(inputs, (_ROW, *layout.axes[1]), tuple(sizes.items()))
+    used = {n for axes in inputs for n in axes}
+    sizes = layout.mode_sizes | layout.ranks(shapes) | {_ROW: rounded(rows)}
+    return plan(inputs, (_ROW, *kept), tuple((n, size) for n, size in sizes.items() if n in used))
 
 
-def forms_table(layout: Layout, shapes: Sequence[Sequence[int]], rows: int) -> bool:
-    """Whether forming the whole matrix and reading the rows off it is cheaper than contracting row by row."""
-    table, apart = _contract.dense_plan(layout, shapes), lookup_plan(layout, shapes, rows)
-    return table.cost < apart.cost
+@dataclass(frozen=True)
+class Reading:
+    """How rows of a low-rank matrix are read.
+
+    Attributes:
+        forms_table: Whether a table of all rows is formed; else only the distinct rows that are asked for.
+        pair: If rows of the first of two thin matrices are read, and multiplied by the second after that: those two.
+        bond: For a TT-matrix whose table is formed, the bond at which it is done in two parts.
+        cost: Time, in floating-point operations.
+    """
+
+    forms_table: bool
+    pair: Halves | None
+    bond: int
+    cost: int
 
 
-def lookup(layout: Layout, factors: Sequence[Tensor], rows: Int[Tensor, " n"]) -> Float[Tensor, "n width"]:
-    """dense()[rows]: each factor is read at its digit of each row, and the rest is a batch of small contractions.
+@lru_cache(maxsize=4096)
+def reading(layout: Layout, shapes: tuple[tuple[int, ...], ...], ids: int, outputs: int) -> Reading:
+    """The cheapest way to read so many ids and to reduce them to so many outputs; see `readings`."""
+    return min(readings(layout, shapes, ids, outputs), key=lambda way: way.cost)
 
-    Time and memory grow with the number of rows, not with the table, unless the table is so small that forming it is
-    cheaper. Gradients reach every factor densely. Give distinct rows: equal ones are computed again.
+
+def readings(layout: Layout, shapes: Sequence[Sequence[int]], ids: int, outputs: int) -> list[Reading]:
+    """All ways that a layout has, with their costs.
+
+    Args:
+        layout: A layout with two axes, rows first.
+        shapes: The shapes of the factors, at today's ranks.
+        ids: How many ids are read; how many of them differ is not known beforehand.
+        outputs: How many rows come out: the number of bags, or that of ids.
+    """
+    rows, width = layout.shape
+    distinct = min(ids, rows)
+    found: list[Reading] = []
+
+    def consider(forms: bool, pair: Halves | None, bond: int, before: Plan, row_width: int) -> None:
+        # Read and written by each id; then, row by row or after the reduction, widened by a product.
+        flops, elements = before.flops, before.elements + 2 * ids * row_width
+        if pair is not None:
+            flops += 2 * outputs * row_width * width
+            elements += outputs * (row_width + width)
+        found.append(Reading(forms, pair, bond, cost_of(flops, elements)))
+
+    everything = tuple(range(len(layout.factors)))
+    thin = halves(layout, shapes)
+    if thin is None:
+        for bond in range(len(layout.bonds)):
+            consider(True, None, bond, _table_by_cut(layout, shapes, bond), width)
+    else:
+        consider(True, None, 0, _contract.forming_plan(layout, shapes), width)
+        rank = math.prod(layout.ranks(shapes)[bond] for bond in thin.joint)
+        part = _part_plan(layout, shapes, thin.first, (*layout.axes[0], *thin.joint))
+        consider(True, thin, 0, part, rank)
+        consider(False, thin, 0, _row_plan(layout, shapes, distinct, thin.first, thin.joint), rank)
+    consider(False, None, 0, _row_plan(layout, shapes, distinct, everything, layout.axes[1]), width)
+    return found
+
+
+def _part_plan(layout: Layout, shapes: Sequence[Sequence[int]], which: Sequence[int], axes: Axes) -> Plan:
+    inputs = tuple(layout.factors[k] for k in which)
+    used = {n for names in inputs for n in names}
+    sizes = layout.mode_sizes | layout.ranks(shapes)
+    return plan(inputs, axes, tuple((n, size) for n, size in sizes.items() if n in used))
+
+
+def _table_by_cut(layout: Layout, shapes: Sequence[Sequence[int]], bond: int) -> Plan:
+    rows, width = layout.padded_shape
+    rank = layout.ranks(shapes)[layout.bonds[bond]]
+    left, right = (
+        math.prod(math.prod(modes[part]) for modes in layout.modes) * rank
+        for part in (slice(bond + 1), slice(bond + 1, None))
+    )
+    return Plan((), 2 * rows * width * rank + 2 * rank * (left + right), rows * width + 2 * (left + right))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A small table, and where in it the row of each id stands.
+
+    Attributes:
+        table: Shape (n, width), or (n, rank) if `after` is there.
+        places: The row of the table for each id, of the shape of the ids.
+        after: The matrix that rows of the table, or sums of them, are multiplied by, (rank, width); or None.
+        distinct: The id of each row of the table; None if all ids are there, by `strides`.
+        strides: Id = first * strides[1] + second stands at second * strides[0] + first.
+    """
+
+    table: Tensor
+    places: Tensor
+    after: Tensor | None
+    distinct: Tensor | None
+    strides: tuple[int, int] = (1, 1)
+
+    def without(self, id: int) -> "Rows":
+        """The same with zeros for an id, which then learns nothing."""
+        if self.distinct is None:
+            place = torch.tensor([_place(id, self.strides)], device=self.table.device)
+            table = self.table.index_fill(0, place, 0.0)
+        else:
+            table = self.table.masked_fill((self.distinct == id).unsqueeze(1), 0.0)
+        return Rows(table, self.places, self.after, self.distinct, self.strides)
+
+    def place_of(self, id: int) -> int | None:
+        """Where an id stands in the table; None if it was not asked for."""
+        if self.distinct is None:
+            return _place(id, self.strides)
+        place = int(torch.searchsorted(self.distinct, id))
+        return place if place < len(self.distinct) and int(self.distinct[place]) == id else None
+
+    def widened(self, read: Tensor) -> Tensor:
+        """Rows of the table, or sums of them, as rows of the whole matrix."""
+        return read if self.after is None else read @ self.after
+
+
+def _place(id: int, strides: tuple[int, int]) -> int:
+    return id % strides[1] * strides[0] + id // strides[1]
+
+
+def read(layout: Layout, factors: Sequence[Tensor], ids: Int[Tensor, "*ids"], outputs: int | None = None) -> Rows:
+    """What `dense()[ids]`, or sums of its rows, are read from in the cheapest way; the table need not be formed.
+
+    Time and memory grow with the number of ids, not with the table, unless the table is so small that forming it is
+    cheaper. Gradients reach every factor densely.
 
     Args:
         layout: A layout with two axes, rows first.
         factors: The factors, at today's ranks.
-        rows: Row numbers, from 0 up to but not including the number of rows; not checked.
+        ids: Row numbers, from 0 up to but not including the number of rows; not checked.
+        outputs: How many sums of rows are wanted; None for the rows of all ids.
     """
-    shapes = [f.shape for f in factors]
-    if forms_table(layout, shapes, len(rows)):
-        return _contract.dense(layout, factors).index_select(0, rows)
+    shapes = tuple(tuple(f.shape) for f in factors)
+    count = rounded(ids.numel())
+    return read_by(reading(layout, shapes, count, count if outputs is None else rounded(outputs)), layout, factors, ids)
+
+
+def read_by(way: Reading, layout: Layout, factors: Sequence[Tensor], ids: Int[Tensor, "*ids"]) -> Rows:
+    """The same in a given way."""
+    after = first = None
+    if way.pair is not None:
+        first, after = way.pair.matrices(layout, factors, first=way.forms_table)
+    if way.forms_table:
+        if first is None and halves(layout, [f.shape for f in factors]) is None:
+            table, strides = _cut_table(layout, factors, way.bond)
+            places = ids if strides[0] == 1 else ids % strides[1] * strides[0] + ids // strides[1]
+            return Rows(table, places, None, None, strides)
+        return Rows(_contract.dense(layout, factors) if first is None else first, ids, after, None)
+    distinct, places = torch.unique(ids, return_inverse=True) if ids.numel() else (ids.new_zeros(1), ids)
+    which = tuple(range(len(factors))) if way.pair is None else way.pair.first
+    kept = layout.axes[1] if way.pair is None else way.pair.joint
+    return Rows(_distinct_rows(layout, factors, distinct, which, kept), places, after, distinct)
+
+
+def _cut_table(layout: Layout, factors: Sequence[Tensor], bond: int) -> tuple[Tensor, tuple[int, int]]:
+    """All rows of a TT-matrix in an order that needs no copy: by the row digits right of a bond, then those left."""
+    (o_left, o_right), (i_left, i_right) = ((names[: bond + 1], names[bond + 1 :]) for names in layout.axes)
+    rows, width = ([layout.mode_sizes[n] for n in names] for names in (layout.axes[0], layout.axes[1]))
+    high, low = math.prod(rows[: bond + 1]), math.prod(rows[bond + 1 :])
+    rank = layout.bonds[bond]
+    left = contract(layout.factors[: bond + 1], (*o_left, *i_left, rank), factors[: bond + 1])
+    right = contract(layout.factors[bond + 1 :], (*o_right, rank, *i_right), factors[bond + 1 :])
+    left = left.reshape(high * math.prod(width[: bond + 1]), -1)
+    right = right.reshape(low, left.shape[1], -1)
+    table = mixed(left, right).view(low * high, -1)
+    return table if layout.shape[1] == table.shape[1] else table[:, : layout.shape[1]], (high, low)
+
+
+def _distinct_rows(
+    layout: Layout, factors: Sequence[Tensor], rows: Int[Tensor, " n"], which: Sequence[int], kept: Axes
+) -> Float[Tensor, "n width"]:
+    """Rows of what some of the factors stand for: each factor at its digit, then a batch of small contractions."""
     digit = dict(zip(layout.axes[0], digits(rows, layout.modes[0]), strict=True))
-    read = []
-    for factor, axes in zip(factors, layout.factors, strict=True):
+    taken = []
+    for k in which:
+        factor, axes = factors[k], layout.factors[k]
         dim = next((d for d, name in enumerate(axes) if name in digit), None)
-        read.append(factor if dim is None else factor.movedim(dim, 0).index_select(0, digit[axes[dim]]))
+        taken.append(factor if dim is None else factor.movedim(dim, 0).index_select(0, digit[axes[dim]]))
+    steps = _row_plan(layout, [f.shape for f in factors], len(rows), which, kept)
+    found = run(steps, taken).flatten(1)
     width = layout.shape[1]
-    found = run(lookup_plan(layout, shapes, len(rows)), read).flatten(1)
-    return found if found.shape[1] == width else found[:, :width]
+    return found[:, :width] if kept == layout.axes[1] and found.shape[1] > width else found

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rankfall import _contract, _decompose, _gauge
+from rankfall import _contract, _decompose, _gauge, _matmul
 from rankfall._divergence import Factors, governed_moments, kl_of_factors, per_slice, second_moments
 from rankfall._formats import Format
 from rankfall._posteriors import MeanField, Posterior, draw
@@ -128,8 +128,10 @@ class LowRankTensor(nn.Module):
         """The tensor at one draw of all factors from the posterior; dense() with rf.Point."""
         return _contract.dense(self.layout, self._sampled())
 
-    def linear(self, x: Float[Tensor, "*batch in_features"]) -> Float[Tensor, "*batch out_features"]:
-        """Computes x @ W.T for a tensor of two axes, by the cheapest order of contractions.
+    def linear(
+        self, x: Float[Tensor, "*batch in_features"], bias: Float[Tensor, " out_features"] | None = None
+    ) -> Float[Tensor, "*batch out_features"]:
+        """Computes x @ W.T + bias for a tensor of two axes, in the cheapest way at the current ranks.
 
         W is one draw for the whole call in train mode, the posterior mean in eval mode.
 
@@ -144,7 +146,7 @@ class LowRankTensor(nn.Module):
                 f"{where} has in_features={self.shape[1]}, but the input has shape {tuple(x.shape)}. "
                 f"Reshape it to (..., {self.shape[1]})."
             )
-        return _contract.linear(self.layout, self.drawn(), x)
+        return _matmul.linear(self.layout, self.drawn(), x, bias)
 
     def drawn(self) -> list[Tensor]:
         """The factors that a layer's forward uses: one draw from the posterior in train mode, its mean in eval mode."""

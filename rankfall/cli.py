@@ -14,6 +14,7 @@ from rich.table import Column, Table
 from torch import nn
 
 from rankfall._costs import Example, costs
+from rankfall._pages import keep_pages
 from rankfall._summary import summary
 from rankfall.recipes._compare import CompareOptions, compare
 from rankfall.recipes._options import FormatName, TrainOptions, make_format
@@ -61,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="Compact neural networks, trained end to end.",
         args=arguments,
     )
+    keep_pages()
     command, goes_on = _COMMANDS[type(options)]
     try:
         command(options)

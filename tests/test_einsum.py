@@ -4,7 +4,7 @@ import torch
 
 import laws
 import rankfall as rf
-from rankfall import _contract
+from rankfall import _matmul
 from rankfall._einsum import BATCH, contract, plan, run
 
 
@@ -78,7 +78,7 @@ def test_counts_are_those_of_the_steps():
 def test_the_planner_forms_the_weight_only_for_many_rows():
     t = rf.LowRankTensor((64, 64), rf.TTM(8, out_modes=(4, 4, 4), in_modes=(4, 4, 4)))
     shapes = [f.shape for f in t.factors]
-    few, many = (_contract.linear_plan(t.layout, shapes, rows) for rows in (1, 1 << 14))
+    few, many = (_matmul.linear_plan(t.layout, shapes, rows) for rows in (1, 1 << 14))
     # Position 0 is x: the formed weight meets it in the last step alone.
     assert 0 in few.steps[0][0]
     assert all(0 not in positions for positions, _ in many.steps[:-1])
@@ -89,5 +89,5 @@ def test_the_planner_forms_the_weight_only_for_many_rows():
 
 def test_low_ranks_are_cheaper_than_the_dense_weight(kind):
     t = rf.LowRankTensor((256, 256), kind(2))
-    steps = _contract.linear_plan(t.layout, [f.shape for f in t.factors], 1024)
+    steps = _matmul.linear_plan(t.layout, [f.shape for f in t.factors], 1024)
     assert steps.flops < 0.5 * 2 * 1024 * 256 * 256

@@ -14,7 +14,7 @@ from torch import nn
 import rankfall as rf
 from laws import close, drawn, make, naive_dense
 from rankfall import _lookup
-from rankfall._lookup import digits, forms_table, lookup
+from rankfall._lookup import digits, reading, readings
 
 SHAPES = [(30, 8), (97, 6), (7, 1), (250, 12)]
 SEED = 3
@@ -53,11 +53,27 @@ def test_rows_are_those_of_the_dense_table(kind, shape, posterior):
     check_rows(t, torch.zeros(0, 3, dtype=torch.int64))
 
 
-@pytest.mark.parametrize("forms", [True, False])
-def test_both_ways_give_the_same_rows(kind, forms, monkeypatch):
-    monkeypatch.setattr(_lookup, "forms_table", lambda *_: forms)
-    for shape in SHAPES:
-        check_rows(make(kind(3), shape), torch.randint(shape[0], (40,)))
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_all_ways_give_the_same_rows_and_bags(kind, shape, monkeypatch):
+    t = make(kind(3), shape)
+    ids = torch.randint(shape[0], (40,))
+    ways = readings(t.layout, [f.shape for f in t.factors], 40, 40)
+    assert len(ways) >= 2
+    assert {way.forms_table for way in ways} == {True, False}
+    for way in ways:
+        monkeypatch.setattr(_lookup, "reading", lambda *_, way=way: way)
+        check_rows(t, ids)
+        for padding in (None, int(ids[3])):
+            layer = layer_around(t.eval(), rf.nn.EmbeddingBag, mode="mean", padding_idx=padding)
+            expected = F.embedding_bag(
+                ids.view(8, 5), naive_dense(t, t.factors), mode="mean", padding_idx=layer.padding_idx
+            )
+            gradients_match(layer(ids.view(8, 5)), expected, list(t.factors))
+            layer = layer_around(t, padding_idx=padding)
+            expected = F.embedding(ids, naive_dense(t, t.factors))
+            if padding is not None:
+                expected = expected.masked_fill((ids == padding).unsqueeze(1), 0.0)
+            gradients_match(layer(ids), expected, list(t.factors))
 
 
 @settings(max_examples=25, deadline=None)
@@ -117,8 +133,16 @@ def test_a_table_beyond_memory_is_read_at_its_last_rows():
 def test_the_cheap_way_is_found(kind):
     layout = kind(4).layout((250, 12))
     shapes = layout.factor_shapes(kind(4).start_ranks(layout))
-    assert not forms_table(layout, shapes, 1)
-    assert forms_table(layout, shapes, 100_000)
+    assert not reading(layout, shapes, 1, 1).forms_table
+    assert reading(layout, shapes, 1 << 17, 1 << 17).forms_table
+
+
+def test_bags_are_reduced_before_they_are_widened():
+    layout = rf.TT(4, out_modes=(50, 50), in_modes=(8, 8)).layout((2500, 64))
+    shapes = layout.factor_shapes({"r1": 4, "r2": 4, "r3": 4})
+    way = reading(layout, shapes, 4096, 128)
+    assert way.pair is not None
+    assert way.pair.joint == ("r2",)
 
 
 def test_gradients_are_dense_and_padding_learns_nothing(kind):
@@ -250,8 +274,9 @@ def test_a_bag_that_is_too_long_to_show_is_cut():
 
 def test_a_row_is_looked_up_once(monkeypatch):
     seen = []
-    monkeypatch.setattr("rankfall.nn._embedding.lookup", lambda *a: seen.append(a[2]) or lookup(*a))
-    rf.nn.Embedding(30, 8, format=rf.TT(3))(torch.tensor([[7, 7, 2], [2, 7, 2]]))
+    contract_rows = _lookup._distinct_rows
+    monkeypatch.setattr(_lookup, "_distinct_rows", lambda *a: seen.append(a[2]) or contract_rows(*a))
+    rf.nn.Embedding(3000, 8, format=rf.TT(3))(torch.tensor([[7, 7, 2], [2, 7, 2]]))
     assert [s.tolist() for s in seen] == [[2, 7]]
 
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 import laws
 import rankfall as rf
 from conftest import FORMATS
+from rankfall import _contract, _matmul
 
 # A composite one, two primes (padded), and one short axis beside a long one.
 SHAPES = [(12, 20), (11, 13), (7, 64)]
@@ -48,6 +49,26 @@ def test_values(kind, shape, posterior):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_linear(kind, shape, posterior):
     check_linear(laws.make(kind(4), shape, posterior=posterior))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_linear_in_every_way(kind, shape, monkeypatch):
+    t = laws.make(kind(4), shape, posterior=rf.Point())
+    ways = _matmul.linear_ways(t.layout, [f.shape for f in t.factors], 6)
+    expected = {"formed", "steps", "cut"} if kind is rf.TTM else {"formed", "steps", "halves"}
+    assert {way.kind for way in ways} == expected
+    for way in ways:
+        monkeypatch.setattr(_matmul, "linear_way", lambda *_, way=way: way)
+        check_linear(t)
+        bias, x = torch.randn(shape[0], dtype=torch.float64), torch.randn(5, shape[1], dtype=torch.float64)
+        laws.close(t.linear(x, bias), x @ laws.naive_dense(t, t.factors).T + bias)
+
+
+def test_second_derivatives_of_a_cut():
+    left, right = torch.randn(3, 4, dtype=torch.float64), torch.randn(2, 4, 5, dtype=torch.float64)
+    inputs = (left.requires_grad_(), right.requires_grad_())
+    assert torch.autograd.gradcheck(_contract.mixed, inputs)
+    assert torch.autograd.gradgradcheck(_contract.mixed, inputs)
 
 
 # Few rows and many, since the planner forms the weight for one and not for the other.

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from rankfall._formats import Format
-from rankfall._lookup import lookup
+from rankfall._lookup import read
 from rankfall._posteriors import Posterior
 from rankfall._priors import Prior
 from rankfall._tensor import LowRankTensor
@@ -22,8 +22,9 @@ class Embedding(nn.Module):
     """Row `id` of W for every id, W (num_embeddings x embedding_dim) a low-rank tensor; torch.nn.Embedding otherwise.
 
     Row ids become one digit per row mode. Each distinct id of a call is computed once, so time and memory grow with
-    the distinct ids and never with the table; gradients reach the factors densely, for they are small. In train mode
-    W is one draw from the posterior per call, in eval mode its mean.
+    the distinct ids and not with the table, unless the table is so small that forming it is cheaper; gradients reach
+    the factors densely, for they are small. In train mode W is one draw from the posterior per call, in eval mode its
+    mean.
 
     Example:
         >>> table = rf.nn.Embedding(10_131_227, 128, format=rf.TTM(16, out_modes=(200, 220, 250), in_modes=(4, 4, 8)))
@@ -116,11 +117,11 @@ class Embedding(nn.Module):
 
     def forward(self, input: Int[Tensor, "*ids"]) -> Float[Tensor, "*ids embedding_dim"]:
         """The rows of the ids."""
-        distinct, places = _distinct(self.weight, input, "Embedding")
-        rows = lookup(self.weight.layout, self.weight.drawn(), distinct)
+        _check_ids(self.weight, input, "Embedding")
+        rows = read(self.weight.layout, self.weight.drawn(), input)
         if self.padding_idx is not None:
-            rows = rows.masked_fill((distinct == self.padding_idx).unsqueeze(1), 0.0)
-        return F.embedding(places, rows)
+            rows = rows.without(self.padding_idx)
+        return rows.widened(F.embedding(rows.places, rows.table))
 
     def __repr__(self) -> str:
         padding = "" if self.padding_idx is None else f"padding_idx={self.padding_idx}, "
@@ -130,7 +131,8 @@ class Embedding(nn.Module):
 class EmbeddingBag(nn.Module):
     """Sum or mean of the rows of each bag of ids, W a low-rank tensor; torch.nn.EmbeddingBag otherwise.
 
-    Each distinct id of a call is computed once, whatever the number of bags that hold it; see `Embedding`.
+    Each distinct id of a call is computed once, whatever the number of bags that hold it, and bags are reduced before
+    the rows are widened, where the format lets them; see `Embedding`.
 
     Example:
         >>> table = rf.nn.EmbeddingBag(1000, 16, mode="sum", format=rf.TT(max_rank=8))
@@ -244,18 +246,20 @@ class EmbeddingBag(nn.Module):
             per_sample_weights: A weight for each id, of the shape of `input`, with mode "sum".
         """
         _check_offsets(self.weight, input, offsets, self.include_last_offset)
-        distinct, places = _distinct(self.weight, input, "EmbeddingBag")
-        rows = lookup(self.weight.layout, self.weight.drawn(), distinct)
-        weights = per_sample_weights if per_sample_weights is None else per_sample_weights.to(rows.dtype)
-        return F.embedding_bag(
-            places,
-            rows,
-            offsets if offsets is None else offsets.to(places.dtype),
+        _check_ids(self.weight, input, "EmbeddingBag")
+        bags = len(input if offsets is None else offsets)
+        rows = read(self.weight.layout, self.weight.drawn(), input, bags)
+        table = rows.table
+        reduced = F.embedding_bag(
+            rows.places,
+            table,
+            offsets if offsets is None else offsets.to(rows.places.dtype),
             mode=self.mode,
-            per_sample_weights=weights,
+            per_sample_weights=per_sample_weights if per_sample_weights is None else per_sample_weights.to(table.dtype),
             include_last_offset=self.include_last_offset,
-            padding_idx=_place_of(self.padding_idx, distinct),
+            padding_idx=None if self.padding_idx is None else rows.place_of(self.padding_idx),
         )
+        return rows.widened(reduced)
 
     def __repr__(self) -> str:
         return f"EmbeddingBag({self.num_embeddings}, {self.embedding_dim}, {self.mode!r}, {self.weight.describe()})"
@@ -309,28 +313,17 @@ def _named(weight: LowRankTensor, kind: str) -> str:
     return repr(weight.path) if weight.path else kind
 
 
-def _distinct(weight: LowRankTensor, ids: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """The distinct ids in order, and the place of each id among them."""
+def _check_ids(weight: LowRankTensor, ids: Tensor, kind: str) -> None:
     if ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"{_named(weight, kind)} takes ids of type int64 or int32, got {ids.dtype}. Call ids.long().")
-    if not ids.numel():
-        return ids.new_zeros(1), ids  # One row, so that there is a table to read nothing from.
-    distinct, places = torch.unique(ids, return_inverse=True)
-    # unique has waited for the device already.
-    low, high = int(distinct[0]), int(distinct[-1])
+    if not ids.numel() or torch.compiler.is_compiling():
+        return
+    low, high = (int(bound) for bound in ids.aminmax())
     if low < 0 or high >= weight.shape[0]:
         raise IndexError(
             f"{_named(weight, kind)} has {weight.shape[0]} rows, but ids go from {low} to {high}. "
             "Make the table as large as the vocabulary, or map unknown ids to one of its rows."
         )
-    return distinct, places
-
-
-def _place_of(padding_idx: int | None, distinct: Tensor) -> int | None:
-    if padding_idx is None:
-        return None
-    place = int(torch.searchsorted(distinct, padding_idx))
-    return place if place < len(distinct) and int(distinct[place]) == padding_idx else None
 
 
 def _check_offsets(weight: LowRankTensor, ids: Tensor, offsets: Tensor | None, with_last: bool) -> None:

@@ -107,9 +107,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch in_features"]) -> Float[Tensor, "*batch out_features"]:
         """Computes x @ W.T + bias."""
-        y = self.weight.linear(x)
-        # Under autocast y has the narrow type, which the bias must not widen again.
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return self.weight.linear(x, self.bias)
 
     def __repr__(self) -> str:
         return (

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How fast a training step is: rankfall beside the dense layer, beside peers, and beside what the machine allows.
+
+    python benchmarks/speed.py [CASE ...] [--rounds 20] [--out speed.json]
+
+Forward and backward pass (and Adam for tables) in float32 on one thread. The rivals of a case take turns, so that what
+else the machine does falls on all of them; medians of the rounds. The limit is the time of the arithmetic at the speed
+of a large matrix product, or of the bytes at the speed of a large copy, whichever is longer; both are measured first.
+All rivals run with memory that stays with the process, as `rankfall train` does: without it the page faults of large
+outputs hide the differences.
+Peak memory is that of a fresh process for each rival. Peers that are not installed are left out: pip install
+tensorly-torch.
+"""
+
+import argparse
+import importlib.util
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from _cases import Case, Step, cases
+from _report import machine, table
+
+from rankfall._pages import keep_pages
+
+_PEER_SECONDS = 120  # A rival whose first step takes longer is left out.
+
+
+def main() -> None:
+    keep_pages()
+    torch.set_num_threads(1)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("cases", nargs="*", metavar="CASE")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--memory-of", nargs=2, metavar=("CASE", "RIVAL"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.memory_of:
+        print(_peak(*options.memory_of))
+        return
+    known = {case.name: case for case in cases()}
+    unknown = [name for name in options.cases if name not in known]
+    if unknown:
+        parser.error(f"no case {unknown[0]}; there are {', '.join(known)}")
+    flops, bandwidth = _speeds()
+    print(f"{machine(1)}; {flops / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.0f} GB/s\n", flush=True)
+    results = []
+    for name in options.cases or known:
+        case = known[name]
+        rivals = [r for r in case.make if not options.no_peers or r.startswith(("dense", "rankfall"))]
+        rivals = [r for r in rivals if "TensorLy" not in r or importlib.util.find_spec("tltorch")]
+        result = _timed(case, rivals, options.rounds)
+        result["limit"] = 1e3 * max(case.limit[0] / flops, case.limit[1] / bandwidth)
+        if not options.no_memory:
+            result["memory"] = {r: _measured_peak(name, r) for r in rivals}
+        results.append({"case": name, "what": case.what, **result})
+        print(f"{name}: " + ", ".join(f"{r} {ms:.2f} ms" for r, ms in result["ms"].items()), flush=True)
+    print("\n" + _markdown(results))
+    if options.out:
+        content = {"machine": machine(1), "gflops": flops / 1e9, "gbytes": bandwidth / 1e9, "cases": results}
+        options.out.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _speeds() -> tuple[float, float]:
+    """(floating-point operations, bytes) in a second: of a product of two matrices of 1024, and of a copy of 64 MB."""
+    a, b = torch.randn(2, 1024, 1024)
+    source, target = torch.randn(2, 2**24)
+    product = _median(lambda: torch.mm(a, b), 10)
+    copy = _median(lambda: target.copy_(source), 10)
+    return 2 * 1024**3 / product, 2 * 4 * 2**24 / copy
+
+
+def _median(step: Step, rounds: int) -> float:
+    step()
+    return statistics.median(_seconds(step) for _ in range(rounds))
+
+
+def _seconds(step: Step) -> float:
+    started = time.perf_counter()
+    step()
+    return time.perf_counter() - started
+
+
+def _timed(case: Case, rivals: list[str], rounds: int) -> dict:
+    torch.manual_seed(0)
+    steps: dict[str, Step] = {}
+    for rival in rivals:
+        try:
+            step = case.make[rival]()
+            _seconds(step)
+            if _seconds(step) < _PEER_SECONDS:
+                steps[rival] = step
+        except (RuntimeError, MemoryError, ValueError) as error:
+            print(f"{case.name}: {rival} fails: {error}", file=sys.stderr)
+    times: dict[str, list[float]] = {rival: [] for rival in steps}
+    for _ in range(rounds):
+        for rival, step in steps.items():
+            times[rival].append(1e3 * _seconds(step))
+    return {
+        "ms": {r: statistics.median(t) for r, t in times.items()},
+        "spread": {r: (sorted(t)[len(t) // 4], sorted(t)[3 * len(t) // 4]) for r, t in times.items()},
+    }
+
+
+def _peak(name: str, rival: str) -> int:
+    """Bytes that three steps add to the peak of this process, the layer included."""
+    case = next(case for case in cases() if case.name == name)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step = case.make[rival]()
+    for _ in range(3):
+        step()
+    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+
+def _measured_peak(name: str, rival: str) -> int | None:
+    command = [sys.executable, __file__, "--memory-of", name, rival]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return int(done.stdout) if done.returncode == 0 else None
+
+
+def _markdown(results: list[dict]) -> str:
+    rows = []
+    for result in results:
+        ms = result["ms"]
+        peers = {r: t for r, t in ms.items() if not r.startswith(("dense", "rankfall"))}
+        best = min(peers, key=peers.__getitem__, default=None)
+        memory = result.get("memory", {})
+        rows.append(
+            (
+                f"{result['case']}: {result['what']}",
+                f"{ms['dense']:.2f}",
+                f"{ms['rankfall']:.2f}",
+                f"{ms['rankfall'] / ms['dense']:.2f}",
+                f"{peers[best]:.2f}" if best else "",
+                f"{peers[best] / ms['rankfall']:.1f}" if best else "",
+                f"{result['limit']:.2f}",
+                " / ".join(_megabytes(memory.get(r)) for r in ("dense", "rankfall", best) if r) if memory else "",
+            )
+        )
+    header = ("case", "dense, ms", "rankfall, ms", "of dense", "best peer, ms", "faster by", "limit, ms", "MB")
+    return table(header, rows)
+
+
+def _megabytes(count: int | None) -> str:
+    return "" if count is None else f"{count / 1e6:,.0f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Vectors times a low-rank matrix, in the cheapest of several ways."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import Literal
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from rankfall._contract import SLOWER_IN_STEPS, dense, forming_plan, halves, mixed, plan_of_halves
+from rankfall._einsum import BATCH, Plan, contract, cost_of, plan, rounded, run
+from rankfall._formats import Layout
+
+
+def linear_plan(layout: Layout, shapes: Sequence[Sequence[int]], rows: int) -> Plan:
+    """The cheapest order in which `rows` vectors and the factors of a matrix are contracted pair by pair.
+
+    Args:
+        layout: A layout with two axes.
+        shapes: The shapes of the factors, at today's ranks.
+        rows: The number of vectors; rounded up to a power of two, so that few plans are made.
+    """
+    out_names, in_names = layout.axes
+    sizes = layout.mode_sizes | layout.ranks(shapes) | {BATCH: rounded(rows)}
+    return plan(((BATCH, *in_names), *layout.factors), (BATCH, *out_names), tuple(sizes.items()))
+
+
+@dataclass(frozen=True)
+class Way:
+    """How vectors are multiplied by a matrix in factors.
+
+    Attributes:
+        kind: "formed" (one product with W), "halves" (two products with thin matrices), "cut" (a TT-matrix in two
+            parts at a bond, one applied after the other), or "steps" (factor by factor).
+        bond: The bond of a cut, from 0.
+        right_first: Whether the part to the right of the cut comes first.
+        flops: Multiplications and additions.
+        elements: Elements read and written.
+        slower: How much longer the operations take than those of one large product.
+    """
+
+    kind: Literal["formed", "halves", "cut", "steps"]
+    flops: int
+    elements: int
+    bond: int = 0
+    right_first: bool = True
+    slower: int = 1
+
+    @property
+    def cost(self) -> int:
+        """Time, in floating-point operations."""
+        return cost_of(self.slower * self.flops, self.elements)
+
+
+@lru_cache(maxsize=4096)
+def linear_way(layout: Layout, shapes: tuple[tuple[int, ...], ...], rows: int) -> Way:
+    """The cheapest way to multiply so many vectors by a matrix in factors; see `linear_ways`."""
+    return min(linear_ways(layout, shapes, rows), key=lambda way: way.cost)
+
+
+def linear_ways(layout: Layout, shapes: Sequence[Sequence[int]], rows: int) -> list[Way]:
+    """All ways that a layout has, counted in operations and elements moved.
+
+    Args:
+        layout: A layout with two axes.
+        shapes: The shapes of the factors, at today's ranks.
+        rows: The number of vectors.
+    """
+    out, width = layout.shape
+    formed = forming_plan(layout, shapes)
+    steps = linear_plan(layout, shapes, rows)
+    ways = [
+        _with_products("formed", formed, rows, (width, out)),
+        # Orders that keep many axes apart are run by batched products and copies, which reach half of the speed.
+        Way("steps", steps.flops, steps.elements, slower=SLOWER_IN_STEPS),
+    ]
+    pair = halves(layout, shapes)
+    if pair is None:
+        ways += [_cut_way(layout, shapes, rows, k, right) for k in range(len(shapes) - 1) for right in (True, False)]
+    else:
+        rank = math.prod(layout.ranks(shapes)[bond] for bond in pair.joint)
+        ways.append(_with_products("halves", plan_of_halves(layout, shapes, pair), rows, (width, rank, out)))
+    return ways
+
+
+def _with_products(kind: Literal["formed", "halves"], before: Plan, rows: int, widths: Sequence[int]) -> Way:
+    """What forming matrices costs, and products of so many rows by matrices of these widths after it."""
+    products = list(pairwise(widths))
+    flops = before.flops + sum(2 * rows * a * b for a, b in products)
+    elements = before.elements + sum(a * b + rows * (a + b) for a, b in products)
+    return Way(kind, flops, elements)
+
+
+def _cut_way(layout: Layout, shapes: Sequence[Sequence[int]], rows: int, bond: int, right_first: bool) -> Way:
+    (out_left, out_right), (in_left, in_right) = (
+        (math.prod(modes[: bond + 1]), math.prod(modes[bond + 1 :])) for modes in layout.modes
+    )
+    rank = layout.ranks(shapes)[layout.bonds[bond]]
+    if right_first:
+        middle = rows * in_left * rank * out_right
+        flops = 2 * middle * (in_right + out_left)
+    else:
+        middle = rows * out_left * rank * in_right
+        flops = 2 * middle * (in_left + out_right)
+    parts = rank * (out_left * in_left + out_right * in_right)
+    elements = rows * (in_left * in_right + out_left * out_right) + 2 * middle + 2 * parts
+    return Way("cut", flops + 2 * parts * rank, elements, bond, right_first)
+
+
+def linear(
+    layout: Layout,
+    factors: Sequence[Tensor],
+    x: Float[Tensor, "*batch in_features"],
+    bias: Float[Tensor, " out_features"] | None = None,
+) -> Float[Tensor, "*batch out_features"]:
+    """X @ dense().T + bias, in the way that `linear_way` finds."""
+    rows = rounded(math.prod(x.shape[:-1]))
+    way = linear_way(layout, tuple(tuple(f.shape) for f in factors), rows)
+    return linear_by(way, layout, factors, x, bias)
+
+
+def linear_by(way: Way, layout: Layout, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The same in a given way."""
+    if way.kind == "formed":
+        return F.linear(x, dense(layout, factors), bias)
+    if way.kind == "halves":
+        pair = halves(layout, [f.shape for f in factors])
+        assert pair is not None, "linear_way names only ways that the format has"
+        a, b = pair.matrices(layout, factors)
+        assert a is not None
+        return F.linear(F.linear(x, b), a, bias)
+    (out_features, in_features), (padded_out, padded_in) = layout.shape, layout.padded_shape
+    if padded_in > in_features:
+        x = F.pad(x, (0, padded_in - in_features))
+    y = _in_steps(layout, factors, x) if way.kind == "steps" else _by_cut(way, layout, factors, x)
+    y = y[..., :out_features] if padded_out > out_features else y
+    # Under autocast y has the narrow type, which the bias must not widen again.
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def _in_steps(layout: Layout, factors: Sequence[Tensor], x: Tensor) -> Tensor:
+    out_modes, in_modes = layout.modes
+    rows = math.prod(x.shape[:-1])
+    steps = linear_plan(layout, [f.shape for f in factors], rows)
+    return run(steps, [x.unflatten(-1, in_modes), *factors]).flatten(-len(out_modes))
+
+
+def _by_cut(way: Way, layout: Layout, factors: Sequence[Tensor], x: Tensor) -> Tensor:
+    """Y[b, o o'] = sum over i, i' and r of L[o, i, r] R[r, o', i'] x[b, i i'], without a copy of anything large."""
+    (o_left, o_right), (i_left, i_right) = ((names[: way.bond + 1], names[way.bond + 1 :]) for names in layout.axes)
+    rank = layout.bonds[way.bond]
+    wide = {n: math.prod(layout.mode_sizes[m] for m in n) for n in (o_left, o_right, i_left, i_right)}
+    left = [layout.factors[: way.bond + 1], factors[: way.bond + 1]]
+    right = [layout.factors[way.bond + 1 :], factors[way.bond + 1 :]]
+    leading = x.shape[:-1]
+    if way.right_first:
+        r = contract(right[0], (*i_right, rank, *o_right), right[1]).reshape(wide[i_right], -1)
+        middle = x.reshape(-1, wide[i_right]) @ r
+        joined = contract(left[0], (*o_left, *i_left, rank), left[1]).reshape(wide[o_left], -1)
+        return mixed(joined, middle.view(-1, joined.shape[1], wide[o_right])).reshape(*leading, -1)
+    spread = contract(left[0], (*o_left, rank, *i_left), left[1]).reshape(-1, wide[i_left])
+    middle = mixed(spread, x.reshape(-1, wide[i_left], wide[i_right]))
+    r = contract(right[0], (rank, *i_right, *o_right), right[1]).reshape(-1, wide[o_right])
+    return (middle.view(-1, r.shape[0]) @ r).reshape(*leading, -1)
