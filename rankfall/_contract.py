@@ -31,12 +31,15 @@ def dense_plan(layout: Layout, shapes: Sequence[Sequence[int]]) -> Plan:
 def dense(layout: Layout, factors: Sequence[Tensor]) -> Float[Tensor, "*shape"]:
     """The tensor that the factors stand for, of the shape its user gave: padding is cut off."""
     shapes = tuple(tuple(f.shape) for f in factors)
-    pair = _forming(layout, shapes)[1]
-    if pair is not None:
-        a, b = pair.matrices(layout, factors)
+    way = forming(layout, shapes)
+    if way.pair is not None:
+        a, b = way.pair.matrices(layout, factors)
         assert a is not None
         return a @ b
-    padded = run(dense_plan(layout, shapes), factors).reshape(layout.padded_shape)
+    if way.bond is not None:
+        padded = _by_cut(layout, factors, way.bond)
+    else:
+        padded = run(dense_plan(layout, shapes), factors).reshape(layout.padded_shape)
     if layout.padded_shape == layout.shape:
         return padded
     return padded[tuple(slice(n) for n in layout.shape)]
@@ -100,33 +103,82 @@ def halves(layout: Layout, shapes: Sequence[Sequence[int]]) -> Halves | None:
     return min(found, key=lambda pair: pair[0])[1]
 
 
+def part_plan(layout: Layout, shapes: Sequence[Sequence[int]], which: Sequence[int], axes: Axes) -> Plan:
+    """The order in which some of the factors are contracted to a tensor with the given axes."""
+    inputs = tuple(layout.factors[k] for k in which)
+    used = {n for names in inputs for n in names}
+    sizes = layout.mode_sizes | layout.ranks(shapes)
+    return plan(inputs, axes, tuple((n, size) for n, size in sizes.items() if n in used))
+
+
 def plan_of_halves(layout: Layout, shapes: Sequence[Sequence[int]], pair: Halves) -> Plan:
     """What making the two matrices costs."""
-    sizes = layout.mode_sizes | layout.ranks(shapes)
-    plans = []
-    for which, axes in ((pair.first, (*layout.axes[0], *pair.joint)), (pair.second, (*pair.joint, *layout.axes[1]))):
-        inputs = tuple(layout.factors[k] for k in which)
-        used = {n for names in inputs for n in names}
-        plans.append(plan(inputs, axes, tuple((n, s) for n, s in sizes.items() if n in used)))
-    return Plan((), sum(p.flops for p in plans), sum(p.elements for p in plans))
+    first = part_plan(layout, shapes, pair.first, (*layout.axes[0], *pair.joint))
+    second = part_plan(layout, shapes, pair.second, (*pair.joint, *layout.axes[1]))
+    return Plan((), first.flops + second.flops, first.elements + second.elements)
+
+
+@dataclass(frozen=True)
+class Forming:
+    """How a tensor is formed.
+
+    Attributes:
+        plan: What that costs.
+        pair: The two matrices, if it is their product.
+        bond: The bond, from 0, if it is a TT-matrix that is formed from two parts and turned once.
+    """
+
+    plan: Plan
+    pair: Halves | None = None
+    bond: int | None = None
 
 
 @lru_cache(maxsize=4096)
-def _forming(layout: Layout, shapes: tuple[tuple[int, ...], ...]) -> tuple[Plan, Halves | None]:
-    """What forming the tensor costs, and its halves if it is formed as their product, which needs no copies."""
+def forming(layout: Layout, shapes: tuple[tuple[int, ...], ...]) -> Forming:
+    """The cheapest way to form the tensor: factor by factor, or as one large product of two parts."""
     one_by_one = dense_plan(layout, shapes)
-    pair = halves(layout, shapes) if len(layout.axes) == 2 else None
+    if len(layout.axes) != 2 or len(layout.factors) < 2:
+        return Forming(one_by_one)
+    pair = halves(layout, shapes)
     if pair is None:
-        return one_by_one, None
-    parts, (rows, width) = plan_of_halves(layout, shapes, pair), layout.shape
-    rank = math.prod(layout.ranks(shapes)[bond] for bond in pair.joint)
-    product = Plan((), parts.flops + 2 * rows * rank * width, parts.elements + rows * width + rank * (rows + width))
-    return (product, pair) if product.cost < SLOWER_IN_STEPS * one_by_one.cost else (one_by_one, None)
+        found = [Forming(_plan_of_cut(layout, shapes, bond), bond=bond) for bond in range(len(layout.bonds))]
+    else:
+        parts, (rows, width) = plan_of_halves(layout, shapes, pair), layout.shape
+        rank = math.prod(layout.ranks(shapes)[bond] for bond in pair.joint)
+        flops, elements = 2 * rows * rank * width, rows * width + rank * (rows + width)
+        found = [Forming(Plan((), parts.flops + flops, parts.elements + elements), pair)]
+    best = min(found, key=lambda way: way.plan.cost)
+    return best if best.plan.cost < SLOWER_IN_STEPS * one_by_one.cost else Forming(one_by_one)
 
 
-def forming_plan(layout: Layout, shapes: Sequence[Sequence[int]]) -> Plan:
-    """What `dense` costs."""
-    return _forming(layout, tuple(map(tuple, shapes)))[0]
+_SHORT_RUN = 16  # A copy that keeps so few neighbours together takes twice as long as a plain one.
+
+
+def _plan_of_cut(layout: Layout, shapes: Sequence[Sequence[int]], bond: int) -> Plan:
+    (o_left, o_right), (i_left, i_right), rank = cut_at(layout, bond)
+    count = len(o_left)
+    left = part_plan(layout, shapes, range(count), (*o_left, *i_left, rank))
+    right = part_plan(layout, shapes, range(count, len(layout.factors)), (rank, *o_right, *i_right))
+    whole, run_length = math.prod(layout.padded_shape), math.prod(layout.mode_sizes[n] for n in i_right)
+    turned = 2 * whole * (1 + _SHORT_RUN / run_length)
+    flops = 2 * whole * layout.ranks(shapes)[rank]
+    return Plan((), left.flops + right.flops + flops, left.elements + right.elements + whole + round(turned))
+
+
+def cut_at(layout: Layout, bond: int) -> tuple[tuple[Axes, Axes], tuple[Axes, Axes], str]:
+    """The modes of a TT-matrix left and right of a bond, of its first and of its second axis, and the bond's name."""
+    rows, width = layout.axes
+    return (rows[: bond + 1], rows[bond + 1 :]), (width[: bond + 1], width[bond + 1 :]), layout.bonds[bond]
+
+
+def _by_cut(layout: Layout, factors: Sequence[Tensor], bond: int) -> Tensor:
+    """The padded matrix, W[o o', i i'] = sum over r of L[o, i, r] R[r, o', i']."""
+    (o_left, o_right), (i_left, i_right), rank = cut_at(layout, bond)
+    left = contract(layout.factors[: bond + 1], (*o_left, *i_left, rank), factors[: bond + 1])
+    right = contract(layout.factors[bond + 1 :], (rank, *o_right, *i_right), factors[bond + 1 :])
+    sizes = [math.prod(layout.mode_sizes[n] for n in names) for names in (o_left, i_left, o_right, i_right)]
+    product = left.reshape(sizes[0] * sizes[1], -1) @ right.reshape(-1, sizes[2] * sizes[3])
+    return product.view(sizes).transpose(1, 2).reshape(layout.padded_shape)
 
 
 def mixed(left: Float[Tensor, "p q"], right: Float[Tensor, "n q s"]) -> Float[Tensor, "n p s"]:

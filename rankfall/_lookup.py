@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rankfall import _contract
-from rankfall._contract import Halves, halves, mixed
+from rankfall._contract import Halves, cut_at, halves, mixed, part_plan
 from rankfall._einsum import Axes, Plan, contract, cost_of, plan, rounded, run
 from rankfall._formats import Layout
 
@@ -105,20 +105,13 @@ def readings(layout: Layout, shapes: Sequence[Sequence[int]], ids: int, outputs:
         for bond in range(len(layout.bonds)):
             consider(True, None, bond, _table_by_cut(layout, shapes, bond), width)
     else:
-        consider(True, None, 0, _contract.forming_plan(layout, shapes), width)
+        consider(True, None, 0, _contract.forming(layout, tuple(map(tuple, shapes))).plan, width)
         rank = math.prod(layout.ranks(shapes)[bond] for bond in thin.joint)
-        part = _part_plan(layout, shapes, thin.first, (*layout.axes[0], *thin.joint))
+        part = part_plan(layout, shapes, thin.first, (*layout.axes[0], *thin.joint))
         consider(True, thin, 0, part, rank)
         consider(False, thin, 0, _row_plan(layout, shapes, distinct, thin.first, thin.joint), rank)
     consider(False, None, 0, _row_plan(layout, shapes, distinct, everything, layout.axes[1]), width)
     return found
-
-
-def _part_plan(layout: Layout, shapes: Sequence[Sequence[int]], which: Sequence[int], axes: Axes) -> Plan:
-    inputs = tuple(layout.factors[k] for k in which)
-    used = {n for names in inputs for n in names}
-    sizes = layout.mode_sizes | layout.ranks(shapes)
-    return plan(inputs, axes, tuple((n, size) for n, size in sizes.items() if n in used))
 
 
 def _table_by_cut(layout: Layout, shapes: Sequence[Sequence[int]], bond: int) -> Plan:
@@ -210,10 +203,9 @@ def read_by(way: Reading, layout: Layout, factors: Sequence[Tensor], ids: Int[Te
 
 def _cut_table(layout: Layout, factors: Sequence[Tensor], bond: int) -> tuple[Tensor, tuple[int, int]]:
     """All rows of a TT-matrix in an order that needs no copy: by the row digits right of a bond, then those left."""
-    (o_left, o_right), (i_left, i_right) = ((names[: bond + 1], names[bond + 1 :]) for names in layout.axes)
+    (o_left, o_right), (i_left, i_right), rank = cut_at(layout, bond)
     rows, width = ([layout.mode_sizes[n] for n in names] for names in (layout.axes[0], layout.axes[1]))
     high, low = math.prod(rows[: bond + 1]), math.prod(rows[bond + 1 :])
-    rank = layout.bonds[bond]
     left = contract(layout.factors[: bond + 1], (*o_left, *i_left, rank), factors[: bond + 1])
     right = contract(layout.factors[bond + 1 :], (*o_right, rank, *i_right), factors[bond + 1 :])
     left = left.reshape(high * math.prod(width[: bond + 1]), -1)

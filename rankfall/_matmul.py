@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from rankfall._contract import SLOWER_IN_STEPS, dense, forming_plan, halves, mixed, plan_of_halves
+from rankfall._contract import SLOWER_IN_STEPS, cut_at, dense, forming, halves, mixed, plan_of_halves
 from rankfall._einsum import BATCH, Plan, contract, cost_of, plan, rounded, run
 from rankfall._formats import Layout
 
@@ -72,7 +72,7 @@ def linear_ways(layout: Layout, shapes: Sequence[Sequence[int]], rows: int) -> l
         rows: The number of vectors.
     """
     out, width = layout.shape
-    formed = forming_plan(layout, shapes)
+    formed = forming(layout, tuple(map(tuple, shapes))).plan
     steps = linear_plan(layout, shapes, rows)
     ways = [
         _with_products("formed", formed, rows, (width, out)),
@@ -152,8 +152,7 @@ def _in_steps(layout: Layout, factors: Sequence[Tensor], x: Tensor) -> Tensor:
 
 def _by_cut(way: Way, layout: Layout, factors: Sequence[Tensor], x: Tensor) -> Tensor:
     """Y[b, o o'] = sum over i, i' and r of L[o, i, r] R[r, o', i'] x[b, i i'], without a copy of anything large."""
-    (o_left, o_right), (i_left, i_right) = ((names[: way.bond + 1], names[way.bond + 1 :]) for names in layout.axes)
-    rank = layout.bonds[way.bond]
+    (o_left, o_right), (i_left, i_right), rank = cut_at(layout, way.bond)
     wide = {n: math.prod(layout.mode_sizes[m] for m in n) for n in (o_left, o_right, i_left, i_right)}
     left = [layout.factors[: way.bond + 1], factors[: way.bond + 1]]
     right = [layout.factors[way.bond + 1 :], factors[way.bond + 1 :]]

@@ -52,6 +52,17 @@ def test_linear(kind, shape, posterior):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_dense_in_every_way(kind, shape, monkeypatch):
+    t = laws.make(kind(4), shape, posterior=rf.Point())
+    shapes = tuple(tuple(f.shape) for f in t.factors)
+    plan, pair = _contract.dense_plan(t.layout, shapes), _contract.halves(t.layout, shapes)
+    bonds = range(len(t.layout.bonds)) if pair is None else ()
+    for way in (_contract.Forming(plan, pair), *(_contract.Forming(plan, bond=bond) for bond in bonds)):
+        monkeypatch.setattr(_contract, "forming", lambda *_, way=way: way)
+        check_values(t)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_linear_in_every_way(kind, shape, monkeypatch):
     t = laws.make(kind(4), shape, posterior=rf.Point())
     ways = _matmul.linear_ways(t.layout, [f.shape for f in t.factors], 6)

@@ -18,6 +18,7 @@ from rankfall._checkpoint import load, save
 from rankfall._conversions import conversion_of
 from rankfall._fit import fit
 from rankfall._groups import parameter_groups
+from rankfall._posteriors import MeanField
 from rankfall._ranks import ranks
 from rankfall._summary import summary
 from rankfall._tensorize import tensorize_
@@ -84,9 +85,23 @@ def load_data(recipe: Recipe, options: TrainOptions) -> Data:
 
 
 def build_model(network: Network, options: TrainOptions) -> nn.Module:
-    """A recipe's network as training starts from it: dense, or its weights in the chosen format."""
+    """A recipe's network as training starts from it: dense, or its weights in the chosen format.
+
+    Where weights have a spread of their own, the network's dropout is turned off.
+    """
     model = network.make()
+    if isinstance(options.make_posterior(), MeanField):
+        _without_dropout(model)
     return model if options.starts_dense else to_format(model, network, options)
+
+
+def _without_dropout(model: nn.Module) -> None:
+    """Dropout is noise in place of a posterior (Gal, Ghahramani, arXiv 1506.02142); MeanField has its own."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(module, nn.RNNBase | nn.MultiheadAttention):
+            module.dropout = 0.0
 
 
 def to_format(model: nn.Module, network: Network, options: TrainOptions, *, from_dense: bool = False) -> nn.Module:
