@@ -219,6 +219,8 @@ def _distinct_rows(
 ) -> Float[Tensor, "n width"]:
     """Rows of what some of the factors stand for: each factor at its digit, then a batch of small contractions."""
     digit = dict(zip(layout.axes[0], digits(rows, layout.modes[0]), strict=True))
+    if kept == layout.axes[1] and is_chain_of_matrices(layout):
+        return _chain_rows(layout, factors, list(digit.values()))
     taken = []
     for k in which:
         factor, axes = factors[k], layout.factors[k]
@@ -228,3 +230,58 @@ def _distinct_rows(
     found = run(steps, taken).flatten(1)
     width = layout.shape[1]
     return found[:, :width] if kept == layout.axes[1] and found.shape[1] > width else found
+
+
+def is_chain_of_matrices(layout: Layout) -> bool:
+    """Whether every factor has one mode of each axis between its bonds, as a TT-matrix has."""
+    pairs = list(zip(*layout.axes, strict=False))
+    inside = [tuple(n for n in axes if n not in layout.bonds) for axes in layout.factors]
+    return len(layout.axes) == 2 and len(layout.axes[0]) == len(layout.axes[1]) and inside == pairs
+
+
+def _chain_rows(
+    layout: Layout, factors: Sequence[Tensor], digit: Sequence[Int[Tensor, " n"]]
+) -> Float[Tensor, "n width"]:
+    """Rows of a TT-matrix from left to right: a row so far is (width so far x rank), and each factor widens it."""
+    first, *others = factors
+    rows = first.index_select(0, digit[0])
+    for factor, of_row in zip(others, digit[1:], strict=True):
+        # (rank before, rows, width, rank after) to (rows, rank before, width x rank after); the last has no bond after.
+        matrices = factor.movedim(1, 0).flatten(2)
+        rows = _times_own(rows, matrices, of_row).reshape(len(rows), -1, *factor.shape[3:])
+        rows = rows if factor.dim() == 4 else rows.unsqueeze(-1)
+    return rows.reshape(len(rows), -1)[:, : layout.shape[1]]
+
+
+_TOGETHER, _MOST_TOGETHER = 4, 16
+_LARGE_SLICE = 512  # Entries of a matrix beyond which it pays to read it once for several rows.
+
+
+def _times_own(
+    left: Float[Tensor, "n p q"], matrices: Float[Tensor, "m q s"], which: Int[Tensor, " n"]
+) -> Float[Tensor, "n p s"]:
+    """left[k] @ matrices[which[k]]: those with the same matrix are multiplied together, a few at a time.
+
+    That makes one product of several small ones, and reads and adds to a matrix once for all of them.
+    """
+    count, p, q = left.shape
+    each, size = count // len(matrices), q * matrices.shape[2]
+    if each < 2 or size < _LARGE_SLICE or torch.compiler.is_compiling():
+        return torch.bmm(left, matrices.index_select(0, which))
+    together = min(max(rounded(each), _TOGETHER), _MOST_TOGETHER)
+    place, owner = _seats(which, len(matrices), together)
+    seats = left.new_zeros(len(owner) * together, p * q).index_copy(0, place, left.reshape(count, p * q))
+    products = torch.bmm(seats.view(len(owner), together * p, q), matrices.index_select(0, owner))
+    return products.view(len(owner) * together, -1).index_select(0, place).view(count, p, -1)
+
+
+def _seats(which: Int[Tensor, " n"], groups: int, together: int) -> tuple[Int[Tensor, " n"], Int[Tensor, " tables"]]:
+    """Seats at tables of `together`, each of one group: the seat of every member, and the group of every table."""
+    order = which.argsort()
+    sorted_ = which[order]
+    sizes = torch.bincount(which, minlength=groups)
+    tables = torch.div(sizes + together - 1, together, rounding_mode="floor")
+    within = torch.arange(len(which), device=which.device) - (sizes.cumsum(0) - sizes)[sorted_]
+    place = torch.empty_like(order)
+    place[order] = (tables.cumsum(0) - tables)[sorted_] * together + within
+    return place, torch.repeat_interleave(torch.arange(groups, device=which.device), tables)

@@ -137,6 +137,29 @@ def test_the_cheap_way_is_found(kind):
     assert reading(layout, shapes, 1 << 17, 1 << 17).forms_table
 
 
+@pytest.mark.parametrize("skewed", [False, True])
+def test_rows_that_share_a_matrix_are_multiplied_together(skewed, monkeypatch):
+    monkeypatch.setattr(_lookup, "_LARGE_SLICE", 1)
+    monkeypatch.setattr(_lookup, "rounded", lambda n: 4)
+    t = make(rf.TTM(3, out_modes=(40, 3, 5), in_modes=(2, 2, 3)), (600, 12))
+    seated = []
+    seats = _lookup._seats
+    monkeypatch.setattr(_lookup, "_seats", lambda *a: seated.append(a) or seats(*a))
+    monkeypatch.setattr(_lookup, "reading", lambda *_: _lookup.Reading(False, None, 0, 0))
+    ids = torch.randint(600, (200,))
+    check_rows(t, ids // 15 * 15 + 7 if skewed else ids)
+    assert len(seated) >= 4
+
+
+@given(which=st.lists(st.integers(0, 6), max_size=40), together=st.integers(1, 8))
+def test_nobody_shares_a_seat_and_tables_are_of_one_group(which, together):
+    which = torch.tensor(which, dtype=torch.int64)
+    place, owner = _lookup._seats(which, 7, together)
+    assert len(place.unique()) == len(which)
+    assert torch.equal(owner[place // together], which)
+    assert len(owner) <= len(which)
+
+
 def test_bags_are_reduced_before_they_are_widened():
     layout = rf.TT(4, out_modes=(50, 50), in_modes=(8, 8)).layout((2500, 64))
     shapes = layout.factor_shapes({"r1": 4, "r2": 4, "r3": 4})
