@@ -4,14 +4,13 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rankfall._einsum import Axes, Plan, contract, plan, run
+from rankfall._einsum import Axes, Plan, Shapes, contract, plan, planned_once, run, shapes_of
 from rankfall._formats import Layout
 
 SLOWER_IN_STEPS = 2
@@ -22,7 +21,8 @@ def _flat_modes(layout: Layout) -> Axes:
     return tuple(name for axes in layout.axes for name in axes)
 
 
-def dense_plan(layout: Layout, shapes: Sequence[Sequence[int]]) -> Plan:
+@planned_once
+def dense_plan(layout: Layout, shapes: Shapes) -> Plan:
     """The order in which `dense` contracts factors of these shapes."""
     sizes = layout.mode_sizes | layout.ranks(shapes)
     return plan(layout.factors, _flat_modes(layout), tuple(sizes.items()))
@@ -30,10 +30,10 @@ def dense_plan(layout: Layout, shapes: Sequence[Sequence[int]]) -> Plan:
 
 def dense(layout: Layout, factors: Sequence[Tensor]) -> Float[Tensor, "*shape"]:
     """The tensor that the factors stand for, of the shape its user gave: padding is cut off."""
-    shapes = tuple(tuple(f.shape) for f in factors)
+    shapes = shapes_of(factors)
     way = forming(layout, shapes)
     if way.pair is not None:
-        a, b = way.pair.matrices(layout, factors)
+        a, b = matrices(layout, factors, way.pair)
         assert a is not None
         return a @ b
     if way.bond is not None:
@@ -59,28 +59,28 @@ class Halves:
     second: tuple[int, ...]
     joint: Axes
 
-    def matrices(
-        self, layout: Layout, factors: Sequence[Tensor], *, first: bool = True
-    ) -> tuple[Tensor | None, Tensor]:
-        """A, shape (first axis, joint ranks), or None if not `first`; B, shape (joint ranks, second axis).
 
-        Padding is cut off.
-        """
-        (rows, width), joint = layout.axes, self.joint
-        b = self._contracted(layout, factors, self.second, (*joint, *width), len(joint))[:, : layout.shape[1]]
-        if not first:
-            return None, b
-        return self._contracted(layout, factors, self.first, (*rows, *joint), len(rows))[: layout.shape[0]], b
+def matrices(
+    layout: Layout, factors: Sequence[Tensor], pair: Halves, *, first: bool = True
+) -> tuple[Tensor | None, Tensor]:
+    """A, shape (first axis, joint ranks), or None if not `first`; B, shape (joint ranks, second axis).
 
-    @staticmethod
-    def _contracted(
-        layout: Layout, factors: Sequence[Tensor], which: Sequence[int], axes: Axes, leading: int
-    ) -> Tensor:
-        found = contract([layout.factors[k] for k in which], axes, [factors[k] for k in which])
-        return found.reshape(math.prod(found.shape[:leading]), math.prod(found.shape[leading:]))
+    Padding is cut off.
+    """
+    (rows, width), joint = layout.axes, pair.joint
+    b = _matrix(layout, factors, pair.second, (*joint, *width), len(joint))[:, : layout.shape[1]]
+    if not first:
+        return None, b
+    return _matrix(layout, factors, pair.first, (*rows, *joint), len(rows))[: layout.shape[0]], b
 
 
-def halves(layout: Layout, shapes: Sequence[Sequence[int]]) -> Halves | None:
+def _matrix(layout: Layout, factors: Sequence[Tensor], which: Sequence[int], axes: Axes, leading: int) -> Tensor:
+    found = contract([layout.factors[k] for k in which], axes, [factors[k] for k in which])
+    return found.reshape(math.prod(found.shape[:leading]), math.prod(found.shape[leading:]))
+
+
+@planned_once
+def halves(layout: Layout, shapes: Shapes) -> Halves | None:
     """The thinnest product of two matrices that a layout of two axes has; None for a TT-matrix.
 
     Factors with modes of one axis alone stand on its side; a Tucker core stands where fewer slices are between.
@@ -99,11 +99,11 @@ def halves(layout: Layout, shapes: Sequence[Sequence[int]]) -> Halves | None:
         )
         names = [{n for k in which for n in layout.factors[k]} for which in (first, second)]
         joint = tuple(bond for bond in layout.bonds if bond in names[0] & names[1])
-        found.append((math.prod(sizes[bond] for bond in joint), Halves(first, second, joint)))
+        found.append((math.prod([sizes[bond] for bond in joint]), Halves(first, second, joint)))
     return min(found, key=lambda pair: pair[0])[1]
 
 
-def part_plan(layout: Layout, shapes: Sequence[Sequence[int]], which: Sequence[int], axes: Axes) -> Plan:
+def part_plan(layout: Layout, shapes: Shapes, which: Sequence[int], axes: Axes) -> Plan:
     """The order in which some of the factors are contracted to a tensor with the given axes."""
     inputs = tuple(layout.factors[k] for k in which)
     used = {n for names in inputs for n in names}
@@ -111,7 +111,7 @@ def part_plan(layout: Layout, shapes: Sequence[Sequence[int]], which: Sequence[i
     return plan(inputs, axes, tuple((n, size) for n, size in sizes.items() if n in used))
 
 
-def plan_of_halves(layout: Layout, shapes: Sequence[Sequence[int]], pair: Halves) -> Plan:
+def plan_of_halves(layout: Layout, shapes: Shapes, pair: Halves) -> Plan:
     """What making the two matrices costs."""
     first = part_plan(layout, shapes, pair.first, (*layout.axes[0], *pair.joint))
     second = part_plan(layout, shapes, pair.second, (*pair.joint, *layout.axes[1]))
@@ -133,8 +133,8 @@ class Forming:
     bond: int | None = None
 
 
-@lru_cache(maxsize=4096)
-def forming(layout: Layout, shapes: tuple[tuple[int, ...], ...]) -> Forming:
+@planned_once
+def forming(layout: Layout, shapes: Shapes) -> Forming:
     """The cheapest way to form the tensor: factor by factor, or as one large product of two parts."""
     one_by_one = dense_plan(layout, shapes)
     if len(layout.axes) != 2 or len(layout.factors) < 2:
@@ -144,7 +144,7 @@ def forming(layout: Layout, shapes: tuple[tuple[int, ...], ...]) -> Forming:
         found = [Forming(_plan_of_cut(layout, shapes, bond), bond=bond) for bond in range(len(layout.bonds))]
     else:
         parts, (rows, width) = plan_of_halves(layout, shapes, pair), layout.shape
-        rank = math.prod(layout.ranks(shapes)[bond] for bond in pair.joint)
+        rank = math.prod([layout.ranks(shapes)[bond] for bond in pair.joint])
         flops, elements = 2 * rows * rank * width, rows * width + rank * (rows + width)
         found = [Forming(Plan((), parts.flops + flops, parts.elements + elements), pair)]
     best = min(found, key=lambda way: way.plan.cost)
@@ -154,12 +154,12 @@ def forming(layout: Layout, shapes: tuple[tuple[int, ...], ...]) -> Forming:
 _SHORT_RUN = 16  # A copy that keeps so few neighbours together takes twice as long as a plain one.
 
 
-def _plan_of_cut(layout: Layout, shapes: Sequence[Sequence[int]], bond: int) -> Plan:
+def _plan_of_cut(layout: Layout, shapes: Shapes, bond: int) -> Plan:
     (o_left, o_right), (i_left, i_right), rank = cut_at(layout, bond)
     count = len(o_left)
     left = part_plan(layout, shapes, range(count), (*o_left, *i_left, rank))
     right = part_plan(layout, shapes, range(count, len(layout.factors)), (rank, *o_right, *i_right))
-    whole, run_length = math.prod(layout.padded_shape), math.prod(layout.mode_sizes[n] for n in i_right)
+    whole, run_length = math.prod(layout.padded_shape), math.prod([layout.mode_sizes[n] for n in i_right])
     turned = 2 * whole * (1 + _SHORT_RUN / run_length)
     flops = 2 * whole * layout.ranks(shapes)[rank]
     return Plan((), left.flops + right.flops + flops, left.elements + right.elements + whole + round(turned))
@@ -176,8 +176,9 @@ def _by_cut(layout: Layout, factors: Sequence[Tensor], bond: int) -> Tensor:
     (o_left, o_right), (i_left, i_right), rank = cut_at(layout, bond)
     left = contract(layout.factors[: bond + 1], (*o_left, *i_left, rank), factors[: bond + 1])
     right = contract(layout.factors[bond + 1 :], (rank, *o_right, *i_right), factors[bond + 1 :])
-    sizes = [math.prod(layout.mode_sizes[n] for n in names) for names in (o_left, i_left, o_right, i_right)]
-    product = left.reshape(sizes[0] * sizes[1], -1) @ right.reshape(-1, sizes[2] * sizes[3])
+    sizes = [math.prod([layout.mode_sizes[n] for n in names]) for names in (o_left, i_left, o_right, i_right)]
+    slices = factors[bond].shape[-1]  # Spelled out, since a rank of zero leaves nothing to find a size from.
+    product = left.reshape(sizes[0] * sizes[1], slices) @ right.reshape(slices, sizes[2] * sizes[3])
     return product.view(sizes).transpose(1, 2).reshape(layout.padded_shape)
 
 

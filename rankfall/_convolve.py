@@ -4,14 +4,13 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple, TypeAlias
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from rankfall import _contract
-from rankfall._einsum import Axes, contract, cost_of
+from rankfall._einsum import Axes, contract, cost_of, planned_once, shapes_of
 from rankfall._formats import Layout
 
 Sizes: TypeAlias = tuple[int, ...]
@@ -130,7 +129,7 @@ def parts_of(layout: Layout, maps_in: bool, maps_out: bool) -> Parts | None:
     )
 
 
-@lru_cache(maxsize=4096)
+@planned_once
 def conv_plan(
     layout: Layout, ranks: tuple[tuple[str, int], ...], groups: int, points_in: int, points_out: int
 ) -> ConvPlan:
@@ -157,7 +156,7 @@ def conv_plan(
         if parts is None:
             continue
         apart, entering, leaving = (
-            math.prod(sizes[n] for n in axes) for axes in (parts.shared, parts.entering, parts.leaving)
+            math.prod([sizes[n] for n in axes]) for axes in (parts.shared, parts.entering, parts.leaving)
         )
         wide_in = apart * entering if maps_in else in_channels
         wide_out = apart * leaving if maps_out else out_channels
@@ -180,7 +179,7 @@ def convolve(layout: Layout, factors: Sequence[Tensor], x: Tensor, geometry: Geo
         x: Shape (batch, channels, *spatial).
         geometry: How the kernel moves.
     """
-    ranks = tuple(layout.ranks([f.shape for f in factors]).items())
+    ranks = tuple(layout.ranks(shapes_of(factors)).items())
     points_in = _rounded(x.shape[0] * math.prod(x.shape[2:]))
     points_out = _rounded(points_in // math.prod(geometry.stride))
     plan = conv_plan(layout, ranks, geometry.groups, points_in, points_out)
@@ -220,8 +219,8 @@ def _rounded(count: int) -> int:
 
 
 def _size(layout: Layout, factors: Sequence[Tensor], names: Axes) -> int:
-    ranks = layout.ranks([f.shape for f in factors])
-    return math.prod(ranks[n] for n in names)
+    ranks = layout.ranks(shapes_of(factors))
+    return math.prod([ranks[n] for n in names])
 
 
 def _of(layout: Layout, factors: Sequence[Tensor], which: Sequence[int], axes: Axes, modes: int) -> Tensor:
@@ -244,8 +243,8 @@ def _small_kernel(layout: Layout, factors: Sequence[Tensor], parts: Parts) -> Te
     spatial = layout.axes[2:]
     axes = (*shared, *out_axes, *in_axes, *(n for names in spatial for n in names))
     kernel = contract([layout.factors[k] for k in parts.core], axes, [factors[k] for k in parts.core])
-    sizes = layout.mode_sizes | layout.ranks([f.shape for f in factors])
-    inside = (math.prod(sizes[n] for n in out_axes), math.prod(sizes[n] for n in in_axes), *layout.padded_shape[2:])
+    sizes = layout.mode_sizes | layout.ranks(shapes_of(factors))
+    inside = (math.prod([sizes[n] for n in out_axes]), math.prod([sizes[n] for n in in_axes]), *layout.padded_shape[2:])
     # A bond that passes the kernel by, from one map to the other, has the same kernel for each of its slices.
     kernel = kernel.reshape(*[sizes[n] if n in held else 1 for n in parts.shared], *inside)
     kernel = kernel.expand(*[sizes[n] for n in parts.shared], *inside)

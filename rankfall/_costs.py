@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from rankfall._conversions import conversion_of
+from rankfall._einsum import shapes_of
 from rankfall._formats import Format
 from rankfall._matmul import linear_way
 from rankfall._summary import Summary, summary
@@ -127,7 +128,7 @@ def _planned(model: nn.Module, batch_size: int) -> dict[str, int]:
     found = {}
     for path, layer in model.named_modules():
         if isinstance(layer, Linear):
-            shapes = tuple(tuple(f.shape) for f in layer.weight.factors)
+            shapes = shapes_of(layer.weight.factors)
             found[path] = linear_way(layer.weight.layout, shapes, batch_size).flops
         elif type(layer) is nn.Linear:
             found[path] = 2 * batch_size * layer.in_features * layer.out_features

@@ -2,16 +2,17 @@
 """Contraction of a network of tensors with named axes: the order is planned once per shape, then run pair by pair."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TypeAlias
+from functools import lru_cache, wraps
+from typing import Any, TypeAlias, TypeVar
 
 import opt_einsum
 import torch
 from torch import Tensor
 
 Axes: TypeAlias = tuple[str, ...]
+Shapes: TypeAlias = tuple[tuple[int, ...], ...]
 
 BATCH = "..."
 """The name of any number of leading dimensions; at most one tensor of a network carries it, in front."""
@@ -48,6 +49,27 @@ def cost_of(flops: int, elements: int) -> int:
     return flops + _FLOPS_PER_ELEMENT_MOVED * elements
 
 
+_Planner = TypeVar("_Planner", bound=Callable[..., object])
+
+
+def planned_once(planner: _Planner) -> _Planner:
+    """A planner whose results are kept, and are constants of a graph that torch.compile makes for given sizes."""
+    kept = lru_cache(maxsize=4096)(planner)
+
+    @wraps(planner)
+    def constant(*arguments: Any) -> object:  # noqa: ANN401  those of any planner
+        return kept(*arguments)
+
+    # What torch.compiler.assume_constant_result sets; calling it would import the compiler with the library.
+    constant._dynamo_marked_constant = True  # pyright: ignore
+    return constant  # pyright: ignore
+
+
+def shapes_of(tensors: Iterable[Tensor]) -> Shapes:
+    """The shapes of tensors, as planners take them."""
+    return tuple([tuple(t.shape) for t in tensors])
+
+
 def rounded(count: int) -> int:
     """The next power of two, so that few plans are made."""
     return 1 << (max(count, 1) - 1).bit_length()
@@ -74,7 +96,7 @@ def _order(inputs: Sequence[Axes], output: Axes, sizes: dict[str, int]) -> list[
     return [tuple(sorted(step)) for step in path]
 
 
-@lru_cache(maxsize=4096)
+@planned_once
 def plan(inputs: tuple[Axes, ...], output: Axes, sizes: tuple[tuple[str, int], ...]) -> Plan:
     """Plans the contraction of tensors with named axes; cached, since ranks and batch sizes recur.
 
@@ -107,8 +129,7 @@ def run(steps: Plan, tensors: Sequence[Tensor]) -> Tensor:
     pending = list(tensors)
     for positions, equation in steps.steps:
         taken = [pending[k] for k in positions]
-        for k in reversed(positions):
-            del pending[k]
+        pending = [tensor for k, tensor in enumerate(pending) if k not in positions]
         pending.append(torch.einsum(equation, *taken))
     return pending[0]
 

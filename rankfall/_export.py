@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from rankfall import _contract, _matmul
 from rankfall._convolve import conv_plan, small_kernels
-from rankfall._einsum import Plan
+from rankfall._einsum import Plan, shapes_of
 from rankfall._lookup import lookup_plan
 from rankfall._swap import swap_
 from rankfall._tensor import LowRankTensor
@@ -110,7 +110,7 @@ def _factored_convolution(
     layer: Conv1d | Conv2d | Conv3d, shared: dict[int, list[nn.Parameter]], batch_size: int
 ) -> nn.Module:
     layout, factors = layer.weight.layout, list(layer.weight.factors)
-    ranks = tuple(layout.ranks([f.shape for f in factors]).items())
+    ranks = tuple(layout.ranks(shapes_of(factors)).items())
     points = batch_size * _POINTS
     plan = conv_plan(layout, ranks, layer.groups, points, points // math.prod(layer.stride))
     small = small_kernels(layout, factors, (plan.maps_in, plan.maps_out))
@@ -146,7 +146,7 @@ def _forming_convolution(layer: Conv1d | Conv2d | Conv3d, factors: list[nn.Param
     for k, factor in enumerate(factors):
         root.register_parameter(f"factor_{k}", factor)
         pending.append(graph.get_attr(f"factor_{k}"))
-    kernel = _einsums(graph, pending, _contract.dense_plan(layout, [f.shape for f in factors]))
+    kernel = _einsums(graph, pending, _contract.dense_plan(layout, shapes_of(factors)))
     kernel = graph.call_method("reshape", (kernel, layout.padded_shape))
     for axis, (size, padded) in enumerate(zip(layout.shape, layout.padded_shape, strict=True)):
         kernel = graph.call_method("narrow", (kernel, axis, 0, size)) if padded > size else kernel
@@ -217,7 +217,7 @@ def _factored_linear(layer: Linear, factors: list[nn.Parameter], batch_size: int
     for k, factor in enumerate(factors):
         root.register_parameter(f"factor_{k}", factor)
         pending.append(graph.get_attr(f"factor_{k}"))
-    y = _einsums(graph, pending, _matmul.linear_plan(layout, [f.shape for f in factors], batch_size))
+    y = _einsums(graph, pending, _matmul.linear_plan(layout, shapes_of(factors), batch_size))
     y = graph.call_method("flatten", (y, -len(out_modes)))
     if padded_out > layer.out_features:
         y = graph.call_method("narrow", (y, -1, 0, layer.out_features))
@@ -289,7 +289,7 @@ def _read_rows(
             read = graph.call_method("movedim", (read, dim, 0))
             read = graph.call_method("index_select", (read, 0, digit[axes[dim]]))
         pending.append(read)
-    rows = _einsums(graph, pending, lookup_plan(layout, [f.shape for f in factors], batch_size))
+    rows = _einsums(graph, pending, lookup_plan(layout, shapes_of(factors), batch_size))
     return graph.call_method("narrow", (graph.call_method("flatten", (rows, 1)), 1, 0, layout.shape[1]))
 
 

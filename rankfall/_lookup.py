@@ -4,15 +4,15 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from rankfall import _contract
-from rankfall._contract import Halves, cut_at, halves, mixed, part_plan
-from rankfall._einsum import Axes, Plan, contract, cost_of, plan, rounded, run
+from rankfall._contract import Halves, cut_at, halves, matrices, mixed, part_plan
+from rankfall._einsum import Axes, Plan, Shapes, contract, cost_of, plan, planned_once, rounded, run, shapes_of
 from rankfall._formats import Layout
 
 _ROW = "row"  # The axis of the wanted rows, which all factors of row modes share.
@@ -34,7 +34,7 @@ def digits(rows: Int[Tensor, " n"], modes: Sequence[int]) -> list[Int[Tensor, " 
     return out[::-1]
 
 
-def lookup_plan(layout: Layout, shapes: Sequence[Sequence[int]], rows: int) -> Plan:
+def lookup_plan(layout: Layout, shapes: Shapes, rows: int) -> Plan:
     """The cheapest order in which the wanted rows are contracted from all factors, each read at its digit.
 
     Args:
@@ -45,7 +45,7 @@ def lookup_plan(layout: Layout, shapes: Sequence[Sequence[int]], rows: int) -> P
     return _row_plan(layout, shapes, rows, tuple(range(len(layout.factors))), layout.axes[1])
 
 
-def _row_plan(layout: Layout, shapes: Sequence[Sequence[int]], rows: int, which: Sequence[int], kept: Axes) -> Plan:
+def _row_plan(layout: Layout, shapes: Shapes, rows: int, which: Sequence[int], kept: Axes) -> Plan:
     """The order for some of the factors, whose rows have the axes `kept`."""
     row_modes = set(layout.axes[0])
     inputs = tuple(tuple(_ROW if n in row_modes else n for n in layout.factors[k]) for k in which)
@@ -72,13 +72,13 @@ class Reading:
     cost: int
 
 
-@lru_cache(maxsize=4096)
-def reading(layout: Layout, shapes: tuple[tuple[int, ...], ...], ids: int, outputs: int) -> Reading:
+@planned_once
+def reading(layout: Layout, shapes: Shapes, ids: int, outputs: int) -> Reading:
     """The cheapest way to read so many ids and to reduce them to so many outputs; see `readings`."""
     return min(readings(layout, shapes, ids, outputs), key=lambda way: way.cost)
 
 
-def readings(layout: Layout, shapes: Sequence[Sequence[int]], ids: int, outputs: int) -> list[Reading]:
+def readings(layout: Layout, shapes: Shapes, ids: int, outputs: int) -> list[Reading]:
     """All ways that a layout has, with their costs.
 
     Args:
@@ -105,8 +105,8 @@ def readings(layout: Layout, shapes: Sequence[Sequence[int]], ids: int, outputs:
         for bond in range(len(layout.bonds)):
             consider(True, None, bond, _table_by_cut(layout, shapes, bond), width)
     else:
-        consider(True, None, 0, _contract.forming(layout, tuple(map(tuple, shapes))).plan, width)
-        rank = math.prod(layout.ranks(shapes)[bond] for bond in thin.joint)
+        consider(True, None, 0, _contract.forming(layout, shapes).plan, width)
+        rank = math.prod([layout.ranks(shapes)[bond] for bond in thin.joint])
         part = part_plan(layout, shapes, thin.first, (*layout.axes[0], *thin.joint))
         consider(True, thin, 0, part, rank)
         consider(False, thin, 0, _row_plan(layout, shapes, distinct, thin.first, thin.joint), rank)
@@ -114,11 +114,11 @@ def readings(layout: Layout, shapes: Sequence[Sequence[int]], ids: int, outputs:
     return found
 
 
-def _table_by_cut(layout: Layout, shapes: Sequence[Sequence[int]], bond: int) -> Plan:
+def _table_by_cut(layout: Layout, shapes: Shapes, bond: int) -> Plan:
     rows, width = layout.padded_shape
     rank = layout.ranks(shapes)[layout.bonds[bond]]
     left, right = (
-        math.prod(math.prod(modes[part]) for modes in layout.modes) * rank
+        math.prod([math.prod(modes[part]) for modes in layout.modes]) * rank
         for part in (slice(bond + 1), slice(bond + 1, None))
     )
     return Plan((), 2 * rows * width * rank + 2 * rank * (left + right), rows * width + 2 * (left + right))
@@ -132,7 +132,8 @@ class Rows:
         table: Shape (n, width), or (n, rank) if `after` is there.
         places: The row of the table for each id, of the shape of the ids.
         after: The matrix that rows of the table, or sums of them, are multiplied by, (rank, width); or None.
-        distinct: The id of each row of the table; None if all ids are there, by `strides`.
+        distinct: The id of each row of the table, in order; None if all ids are there, by `strides`. In a
+            compiled graph they stand as they came.
         strides: Id = first * strides[1] + second stands at second * strides[0] + first.
     """
 
@@ -151,12 +152,17 @@ class Rows:
             table = self.table.masked_fill((self.distinct == id).unsqueeze(1), 0.0)
         return Rows(table, self.places, self.after, self.distinct, self.strides)
 
-    def place_of(self, id: int) -> int | None:
-        """Where an id stands in the table; None if it was not asked for."""
+    def padded(self, id: int) -> tuple["Rows", int | None]:
+        """The same, and where in the table an id stands that no sum should count; None if it was not asked for."""
         if self.distinct is None:
-            return _place(id, self.strides)
+            return self, _place(id, self.strides)
+        if torch.compiler.is_compiling():
+            # Where it stands is known only as the graph runs, so that it is given a row of its own.
+            last = len(self.table)
+            places = torch.where(self.distinct[self.places] == id, last, self.places)
+            return Rows(F.pad(self.table, (0, 0, 0, 1)), places, self.after, self.distinct), last
         place = int(torch.searchsorted(self.distinct, id))
-        return place if place < len(self.distinct) and int(self.distinct[place]) == id else None
+        return self, place if place < len(self.distinct) and int(self.distinct[place]) == id else None
 
     def widened(self, read: Tensor) -> Tensor:
         """Rows of the table, or sums of them, as rows of the whole matrix."""
@@ -179,7 +185,7 @@ def read(layout: Layout, factors: Sequence[Tensor], ids: Int[Tensor, "*ids"], ou
         ids: Row numbers, from 0 up to but not including the number of rows; not checked.
         outputs: How many sums of rows are wanted; None for the rows of all ids.
     """
-    shapes = tuple(tuple(f.shape) for f in factors)
+    shapes = shapes_of(factors)
     count = rounded(ids.numel())
     return read_by(reading(layout, shapes, count, count if outputs is None else rounded(outputs)), layout, factors, ids)
 
@@ -188,17 +194,27 @@ def read_by(way: Reading, layout: Layout, factors: Sequence[Tensor], ids: Int[Te
     """The same in a given way."""
     after = first = None
     if way.pair is not None:
-        first, after = way.pair.matrices(layout, factors, first=way.forms_table)
+        first, after = matrices(layout, factors, way.pair, first=way.forms_table)
     if way.forms_table:
-        if first is None and halves(layout, [f.shape for f in factors]) is None:
+        if first is None and halves(layout, shapes_of(factors)) is None:
             table, strides = _cut_table(layout, factors, way.bond)
             places = ids if strides[0] == 1 else ids % strides[1] * strides[0] + ids // strides[1]
             return Rows(table, places, None, None, strides)
         return Rows(_contract.dense(layout, factors) if first is None else first, ids, after, None)
-    distinct, places = torch.unique(ids, return_inverse=True) if ids.numel() else (ids.new_zeros(1), ids)
+    distinct, places = _distinct(ids)
     which = tuple(range(len(factors))) if way.pair is None else way.pair.first
     kept = layout.axes[1] if way.pair is None else way.pair.joint
     return Rows(_distinct_rows(layout, factors, distinct, which, kept), places, after, distinct)
+
+
+def _distinct(ids: Int[Tensor, "*ids"]) -> tuple[Int[Tensor, " n"], Int[Tensor, "*ids"]]:
+    """The ids that rows are made for, and the place of each id among them."""
+    if torch.compiler.is_compiling():
+        # How many ids differ is known only as the graph runs, so that equal ones are computed again.
+        return ids.flatten(), torch.arange(ids.numel(), device=ids.device).view(ids.shape)
+    if not ids.numel():
+        return ids.new_zeros(1), ids  # One row, so that there is a table to read nothing from.
+    return torch.unique(ids, return_inverse=True)
 
 
 def _cut_table(layout: Layout, factors: Sequence[Tensor], bond: int) -> tuple[Tensor, tuple[int, int]]:
@@ -208,9 +224,11 @@ def _cut_table(layout: Layout, factors: Sequence[Tensor], bond: int) -> tuple[Te
     high, low = math.prod(rows[: bond + 1]), math.prod(rows[bond + 1 :])
     left = contract(layout.factors[: bond + 1], (*o_left, *i_left, rank), factors[: bond + 1])
     right = contract(layout.factors[bond + 1 :], (*o_right, rank, *i_right), factors[bond + 1 :])
-    left = left.reshape(high * math.prod(width[: bond + 1]), -1)
-    right = right.reshape(low, left.shape[1], -1)
-    table = mixed(left, right).view(low * high, -1)
+    # Sizes are spelled out, since a rank of zero leaves nothing to find them from.
+    before, after, slices = math.prod(width[: bond + 1]), math.prod(width[bond + 1 :]), factors[bond].shape[-1]
+    table = mixed(left.reshape(high * before, slices), right.reshape(low, slices, after)).view(
+        low * high, before * after
+    )
     return table if layout.shape[1] == table.shape[1] else table[:, : layout.shape[1]], (high, low)
 
 
@@ -226,7 +244,7 @@ def _distinct_rows(
         factor, axes = factors[k], layout.factors[k]
         dim = next((d for d, name in enumerate(axes) if name in digit), None)
         taken.append(factor if dim is None else factor.movedim(dim, 0).index_select(0, digit[axes[dim]]))
-    steps = _row_plan(layout, [f.shape for f in factors], len(rows), which, kept)
+    steps = _row_plan(layout, shapes_of(factors), len(rows), which, kept)
     found = run(steps, taken).flatten(1)
     width = layout.shape[1]
     return found[:, :width] if kept == layout.axes[1] and found.shape[1] > width else found
@@ -244,13 +262,13 @@ def _chain_rows(
 ) -> Float[Tensor, "n width"]:
     """Rows of a TT-matrix from left to right: a row so far is (width so far x rank), and each factor widens it."""
     first, *others = factors
-    rows = first.index_select(0, digit[0])
+    rows, width = first.index_select(0, digit[0]), first.shape[1]
     for factor, of_row in zip(others, digit[1:], strict=True):
         # (rank before, rows, width, rank after) to (rows, rank before, width x rank after); the last has no bond after.
         matrices = factor.movedim(1, 0).flatten(2)
-        rows = _times_own(rows, matrices, of_row).reshape(len(rows), -1, *factor.shape[3:])
-        rows = rows if factor.dim() == 4 else rows.unsqueeze(-1)
-    return rows.reshape(len(rows), -1)[:, : layout.shape[1]]
+        width *= factor.shape[2]
+        rows = _times_own(rows, matrices, of_row).reshape(len(rows), width, *factor.shape[3:])
+    return rows[:, : layout.shape[1]]
 
 
 _TOGETHER, _MOST_TOGETHER = 4, 16
@@ -272,7 +290,8 @@ def _times_own(
     place, owner = _seats(which, len(matrices), together)
     seats = left.new_zeros(len(owner) * together, p * q).index_copy(0, place, left.reshape(count, p * q))
     products = torch.bmm(seats.view(len(owner), together * p, q), matrices.index_select(0, owner))
-    return products.view(len(owner) * together, -1).index_select(0, place).view(count, p, -1)
+    s = matrices.shape[2]
+    return products.view(len(owner) * together, p * s).index_select(0, place).view(count, p, s)
 
 
 def _seats(which: Int[Tensor, " n"], groups: int, together: int) -> tuple[Int[Tensor, " n"], Int[Tensor, " tables"]]:

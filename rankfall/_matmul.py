@@ -4,7 +4,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 from typing import Literal
 
@@ -12,12 +11,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from rankfall._contract import SLOWER_IN_STEPS, cut_at, dense, forming, halves, mixed, plan_of_halves
-from rankfall._einsum import BATCH, Plan, contract, cost_of, plan, rounded, run
+from rankfall._contract import SLOWER_IN_STEPS, cut_at, dense, forming, halves, matrices, mixed, plan_of_halves
+from rankfall._einsum import BATCH, Plan, Shapes, contract, cost_of, plan, planned_once, rounded, run, shapes_of
 from rankfall._formats import Layout
 
 
-def linear_plan(layout: Layout, shapes: Sequence[Sequence[int]], rows: int) -> Plan:
+def linear_plan(layout: Layout, shapes: Shapes, rows: int) -> Plan:
     """The cheapest order in which `rows` vectors and the factors of a matrix are contracted pair by pair.
 
     Args:
@@ -57,13 +56,13 @@ class Way:
         return cost_of(self.slower * self.flops, self.elements)
 
 
-@lru_cache(maxsize=4096)
-def linear_way(layout: Layout, shapes: tuple[tuple[int, ...], ...], rows: int) -> Way:
+@planned_once
+def linear_way(layout: Layout, shapes: Shapes, rows: int) -> Way:
     """The cheapest way to multiply so many vectors by a matrix in factors; see `linear_ways`."""
     return min(linear_ways(layout, shapes, rows), key=lambda way: way.cost)
 
 
-def linear_ways(layout: Layout, shapes: Sequence[Sequence[int]], rows: int) -> list[Way]:
+def linear_ways(layout: Layout, shapes: Shapes, rows: int) -> list[Way]:
     """All ways that a layout has, counted in operations and elements moved.
 
     Args:
@@ -72,7 +71,7 @@ def linear_ways(layout: Layout, shapes: Sequence[Sequence[int]], rows: int) -> l
         rows: The number of vectors.
     """
     out, width = layout.shape
-    formed = forming(layout, tuple(map(tuple, shapes))).plan
+    formed = forming(layout, shapes).plan
     steps = linear_plan(layout, shapes, rows)
     ways = [
         _with_products("formed", formed, rows, (width, out)),
@@ -83,7 +82,7 @@ def linear_ways(layout: Layout, shapes: Sequence[Sequence[int]], rows: int) -> l
     if pair is None:
         ways += [_cut_way(layout, shapes, rows, k, right) for k in range(len(shapes) - 1) for right in (True, False)]
     else:
-        rank = math.prod(layout.ranks(shapes)[bond] for bond in pair.joint)
+        rank = math.prod([layout.ranks(shapes)[bond] for bond in pair.joint])
         ways.append(_with_products("halves", plan_of_halves(layout, shapes, pair), rows, (width, rank, out)))
     return ways
 
@@ -96,7 +95,7 @@ def _with_products(kind: Literal["formed", "halves"], before: Plan, rows: int, w
     return Way(kind, flops, elements)
 
 
-def _cut_way(layout: Layout, shapes: Sequence[Sequence[int]], rows: int, bond: int, right_first: bool) -> Way:
+def _cut_way(layout: Layout, shapes: Shapes, rows: int, bond: int, right_first: bool) -> Way:
     (out_left, out_right), (in_left, in_right) = (
         (math.prod(modes[: bond + 1]), math.prod(modes[bond + 1 :])) for modes in layout.modes
     )
@@ -120,7 +119,7 @@ def linear(
 ) -> Float[Tensor, "*batch out_features"]:
     """X @ dense().T + bias, in the way that `linear_way` finds."""
     rows = rounded(math.prod(x.shape[:-1]))
-    way = linear_way(layout, tuple(tuple(f.shape) for f in factors), rows)
+    way = linear_way(layout, shapes_of(factors), rows)
     return linear_by(way, layout, factors, x, bias)
 
 
@@ -129,9 +128,9 @@ def linear_by(way: Way, layout: Layout, factors: Sequence[Tensor], x: Tensor, bi
     if way.kind == "formed":
         return F.linear(x, dense(layout, factors), bias)
     if way.kind == "halves":
-        pair = halves(layout, [f.shape for f in factors])
+        pair = halves(layout, shapes_of(factors))
         assert pair is not None, "linear_way names only ways that the format has"
-        a, b = pair.matrices(layout, factors)
+        a, b = matrices(layout, factors, pair)
         assert a is not None
         return F.linear(F.linear(x, b), a, bias)
     (out_features, in_features), (padded_out, padded_in) = layout.shape, layout.padded_shape
@@ -146,23 +145,26 @@ def linear_by(way: Way, layout: Layout, factors: Sequence[Tensor], x: Tensor, bi
 def _in_steps(layout: Layout, factors: Sequence[Tensor], x: Tensor) -> Tensor:
     out_modes, in_modes = layout.modes
     rows = math.prod(x.shape[:-1])
-    steps = linear_plan(layout, [f.shape for f in factors], rows)
+    steps = linear_plan(layout, shapes_of(factors), rows)
     return run(steps, [x.unflatten(-1, in_modes), *factors]).flatten(-len(out_modes))
 
 
 def _by_cut(way: Way, layout: Layout, factors: Sequence[Tensor], x: Tensor) -> Tensor:
     """Y[b, o o'] = sum over i, i' and r of L[o, i, r] R[r, o', i'] x[b, i i'], without a copy of anything large."""
     (o_left, o_right), (i_left, i_right), rank = cut_at(layout, way.bond)
-    wide = {n: math.prod(layout.mode_sizes[m] for m in n) for n in (o_left, o_right, i_left, i_right)}
+    o1, o2, i1, i2 = (math.prod([layout.mode_sizes[m] for m in names]) for names in (o_left, o_right, i_left, i_right))
     left = [layout.factors[: way.bond + 1], factors[: way.bond + 1]]
     right = [layout.factors[way.bond + 1 :], factors[way.bond + 1 :]]
-    leading = x.shape[:-1]
+    # Sizes are spelled out, since a rank or a batch of zero leaves nothing to find them from.
+    slices, batch = factors[way.bond].shape[-1], math.prod(x.shape[:-1])
     if way.right_first:
-        r = contract(right[0], (*i_right, rank, *o_right), right[1]).reshape(wide[i_right], -1)
-        middle = x.reshape(-1, wide[i_right]) @ r
-        joined = contract(left[0], (*o_left, *i_left, rank), left[1]).reshape(wide[o_left], -1)
-        return mixed(joined, middle.view(-1, joined.shape[1], wide[o_right])).reshape(*leading, -1)
-    spread = contract(left[0], (*o_left, rank, *i_left), left[1]).reshape(-1, wide[i_left])
-    middle = mixed(spread, x.reshape(-1, wide[i_left], wide[i_right]))
-    r = contract(right[0], (rank, *i_right, *o_right), right[1]).reshape(-1, wide[o_right])
-    return (middle.view(-1, r.shape[0]) @ r).reshape(*leading, -1)
+        b = contract(right[0], (*i_right, rank, *o_right), right[1]).reshape(i2, slices * o2)
+        a = contract(left[0], (*o_left, *i_left, rank), left[1]).reshape(o1, i1 * slices)
+        middle = x.reshape(batch * i1, i2) @ b
+        y = mixed(a, middle.view(batch, i1 * slices, o2))
+    else:
+        a = contract(left[0], (*o_left, rank, *i_left), left[1]).reshape(o1 * slices, i1)
+        b = contract(right[0], (rank, *i_right, *o_right), right[1]).reshape(slices * i2, o2)
+        middle = mixed(a, x.reshape(batch, i1, i2))
+        y = middle.view(batch * o1, slices * i2) @ b
+    return y.reshape(*x.shape[:-1], o1 * o2)

@@ -5,7 +5,7 @@ import torch
 import laws
 import rankfall as rf
 from rankfall import _matmul
-from rankfall._einsum import BATCH, contract, plan, run
+from rankfall._einsum import BATCH, contract, plan, run, shapes_of
 
 
 def test_a_contraction_is_what_matrix_products_give():
@@ -77,7 +77,7 @@ def test_counts_are_those_of_the_steps():
 
 def test_the_planner_forms_the_weight_only_for_many_rows():
     t = rf.LowRankTensor((64, 64), rf.TTM(8, out_modes=(4, 4, 4), in_modes=(4, 4, 4)))
-    shapes = [f.shape for f in t.factors]
+    shapes = shapes_of(t.factors)
     few, many = (_matmul.linear_plan(t.layout, shapes, rows) for rows in (1, 1 << 14))
     # Position 0 is x: the formed weight meets it in the last step alone.
     assert 0 in few.steps[0][0]
@@ -89,5 +89,5 @@ def test_the_planner_forms_the_weight_only_for_many_rows():
 
 def test_low_ranks_are_cheaper_than_the_dense_weight(kind):
     t = rf.LowRankTensor((256, 256), kind(2))
-    steps = _matmul.linear_plan(t.layout, [f.shape for f in t.factors], 1024)
+    steps = _matmul.linear_plan(t.layout, shapes_of(t.factors), 1024)
     assert steps.flops < 0.5 * 2 * 1024 * 256 * 256

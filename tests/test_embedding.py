@@ -14,6 +14,7 @@ from torch import nn
 import rankfall as rf
 from laws import close, drawn, make, naive_dense
 from rankfall import _lookup
+from rankfall._einsum import shapes_of
 from rankfall._lookup import digits, reading, readings
 
 SHAPES = [(30, 8), (97, 6), (7, 1), (250, 12)]
@@ -57,7 +58,7 @@ def test_rows_are_those_of_the_dense_table(kind, shape, posterior):
 def test_all_ways_give_the_same_rows_and_bags(kind, shape, monkeypatch):
     t = make(kind(3), shape)
     ids = torch.randint(shape[0], (40,))
-    ways = readings(t.layout, [f.shape for f in t.factors], 40, 40)
+    ways = readings(t.layout, shapes_of(t.factors), 40, 40)
     assert len(ways) >= 2
     assert {way.forms_table for way in ways} == {True, False}
     for way in ways:

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 import laws
 import rankfall as rf
 from conftest import FORMATS
-from rankfall import _contract, _matmul
+from rankfall import _contract, _lookup, _matmul
+from rankfall._einsum import shapes_of
 
 # A composite one, two primes (padded), and one short axis beside a long one.
 SHAPES = [(12, 20), (11, 13), (7, 64)]
@@ -65,7 +66,7 @@ def test_dense_in_every_way(kind, shape, monkeypatch):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_linear_in_every_way(kind, shape, monkeypatch):
     t = laws.make(kind(4), shape, posterior=rf.Point())
-    ways = _matmul.linear_ways(t.layout, [f.shape for f in t.factors], 6)
+    ways = _matmul.linear_ways(t.layout, shapes_of(t.factors), 6)
     expected = {"formed", "steps", "cut"} if kind is rf.TTM else {"formed", "steps", "halves"}
     assert {way.kind for way in ways} == expected
     for way in ways:
@@ -73,6 +74,26 @@ def test_linear_in_every_way(kind, shape, monkeypatch):
         check_linear(t)
         bias, x = torch.randn(shape[0], dtype=torch.float64), torch.randn(5, shape[1], dtype=torch.float64)
         laws.close(t.linear(x, bias), x @ laws.naive_dense(t, t.factors).T + bias)
+
+
+def test_a_rank_of_zero_gives_zeros_in_every_way(kind, monkeypatch):
+    x, ids = torch.randn(5, 20, dtype=torch.float64), torch.tensor([3, 11, 3])
+    for bonds in (1, None):  # The first bond alone, and all of them.
+        t = laws.make(kind(3), (12, 20), posterior=rf.Point())
+        for bond in list(t.ranks)[:bonds]:
+            t.keep_slices_(bond, torch.zeros(0, dtype=torch.int64))
+        shapes = shapes_of(t.factors)
+        for way in _matmul.linear_ways(t.layout, shapes, 5):
+            y = _matmul.linear_by(way, t.layout, list(t.factors), x)
+            assert torch.equal(y, torch.zeros(5, 12, dtype=torch.float64))
+            y.sum().backward()
+        for way in _lookup.readings(t.layout, shapes, 3, 3):
+            rows = _lookup.read_by(way, t.layout, list(t.factors), ids)
+            assert torch.equal(rows.widened(rows.table[rows.places]), torch.zeros(3, 20, dtype=torch.float64))
+        for bond in range(len(t.layout.bonds)) if kind is rf.TTM else ():
+            way = _contract.Forming(_contract.dense_plan(t.layout, shapes), bond=bond)
+            monkeypatch.setattr(_contract, "forming", lambda *_, way=way: way)
+            assert torch.equal(t.dense(), torch.zeros(12, 20, dtype=torch.float64))
 
 
 def test_second_derivatives_of_a_cut():

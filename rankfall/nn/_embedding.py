@@ -249,15 +249,16 @@ class EmbeddingBag(nn.Module):
         _check_ids(self.weight, input, "EmbeddingBag")
         bags = len(input if offsets is None else offsets)
         rows = read(self.weight.layout, self.weight.drawn(), input, bags)
-        table = rows.table
+        rows, padding = (rows, None) if self.padding_idx is None else rows.padded(self.padding_idx)
+        weights = per_sample_weights if per_sample_weights is None else per_sample_weights.to(rows.table.dtype)
         reduced = F.embedding_bag(
             rows.places,
-            table,
+            rows.table,
             offsets if offsets is None else offsets.to(rows.places.dtype),
             mode=self.mode,
-            per_sample_weights=per_sample_weights if per_sample_weights is None else per_sample_weights.to(table.dtype),
+            per_sample_weights=weights,
             include_last_offset=self.include_last_offset,
-            padding_idx=None if self.padding_idx is None else rows.place_of(self.padding_idx),
+            padding_idx=padding,
         )
         return rows.widened(reduced)
 

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch.compile makes one graph of each layer, with the values and gradients of the layer itself."""
+
+import pytest
+import torch
+
+import rankfall as rf
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")  # The compiler's own.
+
+IDS = torch.tensor([[3, 59, 3], [0, 17, 22]])
+LAYERS = {
+    "linear": (lambda f: rf.nn.Linear(12, 20, format=f), torch.linspace(-1, 1, 72).view(6, 12)),
+    "embedding": (lambda f: rf.nn.Embedding(60, 12, padding_idx=3, format=f), IDS),
+    "table": (lambda f: rf.nn.Embedding(60, 12, format=f), IDS.repeat(50, 1)),
+    "bag": (lambda f: rf.nn.EmbeddingBag(60, 12, format=f), IDS),
+    "padded bag": (lambda f: rf.nn.EmbeddingBag(60, 12, padding_idx=3, format=f), IDS),
+    "convolution": (lambda f: rf.nn.Conv2d(4, 6, 3, format=f), torch.linspace(-1, 1, 512).view(2, 4, 8, 8)),
+}
+
+
+def run(layer, call, x):
+    layer.zero_grad()
+    torch.manual_seed(1)
+    y = call(x)
+    (y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
+    return y.detach(), [p.grad for p in layer.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_is_one_graph(name, kind):
+    make, x = LAYERS[name]
+    layer = make(kind(3))
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for mode in (layer.train(), layer.eval()):
+        expected, gradients = run(mode, mode, x)
+        value, found = run(mode, compiled, x)
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
+        for actual, reference in zip(found, gradients, strict=True):
+            torch.testing.assert_close(actual, reference, rtol=1e-3, atol=1e-4)
+
+
+def test_a_cut_compiles_once_more():
+    layer = rf.nn.Linear(12, 20, format=rf.TT(3), posterior=rf.Point())
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    x = torch.ones(6, 12)
+    for rank in (3, 2, 1):
+        layer.weight.keep_slices_("r1", torch.arange(rank))
+        for _ in range(3):
+            torch.testing.assert_close(compiled(x), layer(x))
+    assert len(graphs) <= 3
+
+
+def test_attention_is_one_graph():
+    layer = rf.nn.MultiheadAttention(12, 2, format=rf.TT(3)).eval()
+    x = torch.linspace(-1, 1, 72).view(6, 12)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, x, x)[0], layer(x, x, x)[0])
