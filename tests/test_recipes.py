@@ -12,7 +12,10 @@ import torch
 from PIL import Image
 
 from mnist_files import IMAGES, LABELS, write_mnist
-from rankfall.recipes import digits, mnist
+from rankfall.recipes import digits, imdb, mnist
+from rankfall.recipes._data import PADDING
+from rankfall.recipes._options import TrainOptions
+from rankfall.recipes._run import RECIPES, build_model
 from rankfall.recipes.mnist import read_idx
 
 
@@ -126,3 +129,24 @@ def test_rows_of_the_hub_are_read_as_those_of_the_files(monkeypatch, tmp_path: P
     fetched, read = mnist.RECIPE.load(None), mnist.RECIPE.load(tmp_path)
     assert torch.equal(fetched.train[0], read.train[0])
     assert torch.equal(fetched.train[1], read.train[1])
+
+
+def test_dropout_rests_where_weights_have_a_spread():
+    def noise(method, posterior="mean-field"):
+        options = TrainOptions("imdb", method=method, posterior=posterior)
+        model = build_model(RECIPES["imdb"].network(None), options)
+        return model.dropout.p, model.lstm.dropout
+
+    assert noise("evidence") == (0.0, 0.0)
+    assert noise("evidence", "point") == noise("fixed") == noise("dense") == (0.5, 0.3)
+
+
+def test_a_reader_hears_every_word_and_no_padding():
+    model = imdb.Reader().eval()
+    ids = torch.randint(2, 25_000, (3, 7))
+    padded = torch.nn.functional.pad(ids, (0, 4), value=PADDING)
+    torch.testing.assert_close(model(padded), model(ids))
+    assert model(torch.zeros(2, 5, dtype=torch.int64)).shape == (2, 2)
+    changed = ids.clone()
+    changed[:, 0] = ids[:, 0] % 20_000 + 5
+    assert not torch.allclose(model(changed), model(ids))

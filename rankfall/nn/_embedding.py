@@ -235,7 +235,7 @@ class EmbeddingBag(nn.Module):
     def forward(
         self,
         input: Int[Tensor, "*ids"],
-        offsets: Int[Tensor, " bags"] | None = None,
+        offsets: Int[Tensor, " offsets"] | None = None,
         per_sample_weights: Float[Tensor, "*ids"] | None = None,
     ) -> Float[Tensor, "bags embedding_dim"]:
         """The reduced rows of each bag.

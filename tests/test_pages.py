@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory that stays with a program: told to glibc in a process of its own, since it cannot be taken back."""
+
+import subprocess
+import sys
+
+import pytest
+
+from rankfall import _pages
+
+CODE = """
+import resource
+from rankfall._pages import keep_pages
+told = {keep}
+import torch
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(3):
+    x = torch.zeros(2**23)
+    x += 1
+    del x
+before = faults()
+for _ in range(10):
+    x = torch.zeros(2**23)
+    x += 1
+    del x
+print(told, faults() - before)
+"""
+
+
+def faults(keep: str) -> tuple[str, int]:
+    done = subprocess.run(
+        [sys.executable, "-c", CODE.format(keep=keep)], capture_output=True, text=True, check=True, timeout=120
+    )
+    told, count = done.stdout.split()
+    return told, int(count)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's settings")
+def test_memory_that_was_had_is_not_mapped_anew():
+    _, usual = faults("None")
+    told, kept = faults("keep_pages()")
+    if told != "True":
+        pytest.skip("another C library than glibc")
+    assert usual > 10_000  # Ten tensors of 32 MB, mapped by pages of 4 kB each time.
+    assert kept < usual / 10
+
+
+def test_elsewhere_nothing_is_told(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert _pages.keep_pages() is False
