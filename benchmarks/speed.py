@@ -15,7 +15,6 @@ tensorly-torch.
 import argparse
 import importlib.util
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -32,7 +31,6 @@ _PEER_SECONDS = 120  # A rival whose first step takes longer is left out.
 
 
 def main() -> None:
-    keep_pages()
     torch.set_num_threads(1)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cases", nargs="*", metavar="CASE")
@@ -45,6 +43,7 @@ def main() -> None:
     if options.memory_of:
         print(_peak(*options.memory_of))
         return
+    keep_pages()
     known = {case.name: case for case in cases()}
     unknown = [name for name in options.cases if name not in known]
     if unknown:
@@ -110,13 +109,19 @@ def _timed(case: Case, rivals: list[str], rounds: int) -> dict:
 
 
 def _peak(name: str, rival: str) -> int:
-    """Bytes that three steps add to the peak of this process, the layer included."""
+    """Bytes that three steps add at their peak to this process, the layer included (Linux only)."""
     case = next(case for case in cases() if case.name == name)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # The highest mark is today's.
+    before = _status("VmRSS")
     step = case.make[rival]()
     for _ in range(3):
         step()
-    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return 1024 * int(line.split()[1])
 
 
 def _measured_peak(name: str, rival: str) -> int | None:
