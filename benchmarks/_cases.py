@@ -105,23 +105,36 @@ def _least_flops(weight: rf.LowRankTensor) -> int:
     return 2 * rank * (rows + width)
 
 
+def _their_ranks(in_modes: tuple[int, ...], out_modes: tuple[int, ...], factorization: str, rank: int) -> object:
+    """The rank as TensorLy-Torch takes it: with both ends of a chain, and no more than a mode in Tucker."""
+    if factorization == "blocktt":
+        return (1, *(rank for _ in in_modes[1:]), 1)
+    if factorization == "tucker":
+        return tuple(min(rank, n) for n in (*out_modes, *in_modes))
+    return rank
+
+
+def _drawn(layer: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.normal_(0, 0.1)
+    return layer
+
+
 def _tensorly_linear(
     in_modes: tuple[int, ...], out_modes: tuple[int, ...], factorization: str, rank: int, way: str
 ) -> nn.Module:
     import tltorch  # noqa: PLC0415  only where it is asked for
 
-    ranks: object = rank
-    if factorization == "blocktt":
-        ranks = (1, *(rank for _ in in_modes[1:]), 1)
-    elif factorization == "tucker":
-        ranks = tuple(min(rank, n) for n in (*out_modes, *in_modes))
     layer = tltorch.FactorizedLinear(
-        in_modes, out_modes, bias=True, factorization=factorization, rank=ranks, implementation=way
+        in_modes,
+        out_modes,
+        bias=True,
+        factorization=factorization,
+        rank=_their_ranks(in_modes, out_modes, factorization, rank),
+        implementation=way,
     )
-    with torch.no_grad():
-        for p in layer.parameters():
-            p.normal_(0, 0.1)
-    return layer
+    return _drawn(layer)
 
 
 @dataclass(frozen=True)
@@ -216,11 +229,6 @@ def _tensorly_embedding(
 ) -> nn.Module:
     import tltorch  # noqa: PLC0415
 
-    ranks: object = rank
-    if factorization == "blocktt":
-        ranks = (1, *(rank for _ in in_modes[1:]), 1)
-    elif factorization == "tucker":
-        ranks = tuple(min(rank, n) for n in (*out_modes, *in_modes))
     layer = tltorch.FactorizedEmbedding(
         math.prod(out_modes),
         math.prod(in_modes),
@@ -228,12 +236,9 @@ def _tensorly_embedding(
         tensorized_num_embeddings=out_modes,
         tensorized_embedding_dim=in_modes,
         factorization=factorization,
-        rank=ranks,
+        rank=_their_ranks(in_modes, out_modes, factorization, rank),
     )
-    with torch.no_grad():
-        for p in layer.parameters():
-            p.normal_(0, 0.1)
-    return layer
+    return _drawn(layer)
 
 
 def _bag(name: str, table: _Table, kind: type[rf.TT], rank: int, bags: int) -> Case:
