@@ -229,7 +229,7 @@ def _factored_linear(layer: Linear, factors: list[nn.Parameter], batch_size: int
 
 
 def _factored_embedding(layer: Embedding, factors: list[nn.Parameter], batch_size: int) -> fx.GraphModule:
-    """The reads and einsums of `_lookup.lookup` written down as a graph of torch calls."""
+    """The reads and einsums of `lookup_plan` written down as a graph of torch calls."""
     root, graph = nn.Module(), fx.Graph()
     ids = graph.placeholder("ids")
     flat = graph.call_method("reshape", (ids, -1))

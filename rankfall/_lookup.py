@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of a low-rank matrix: what an embedding computes, without forming the table."""
+"""Rows of a low-rank matrix: what an embedding computes; the table is formed only where that is cheaper."""
 
 import math
 from collections.abc import Sequence
