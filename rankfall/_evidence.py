@@ -2,10 +2,11 @@
 """The evidence test: slices go when the bound on the evidence rises without them, beyond sampling error."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -14,14 +15,11 @@ from torch.optim import Optimizer
 
 from rankfall._elbo import check_weights
 from rankfall._formats import CP, TR
+from rankfall._losses import Batches, Losses, weigh
 from rankfall._tensor import LowRankTensor
 from rankfall._walk import finite_tensors, layer_path, low_rank_tensors
 
 PerExampleNLL = Callable[[], Tensor]
-Parts = Callable[[], Iterable[Tensor]]
-
-_SURE = 4.0  # Standard errors after which a cut is given up before all examples are seen.
-_FIRST_LOOK = 512  # Examples before the first such look; the next ones come at twice, four times as many, and so on.
 
 
 @dataclass(frozen=True)
@@ -49,51 +47,37 @@ class RankChange:
 class _Test:
     """The criterion N (mean(d) + z std(d) / sqrt(n)) < beta * saved, d paired per example."""
 
-    parts: Parts
+    batches: Batches
     num_data: int
     beta: float
     z: float
-    hope: float
 
-    def per_example(self) -> Tensor:
-        parts = list(self.parts())
-        values = torch.cat(parts) if len(parts) > 1 else parts[0]
-        if not isinstance(values, Tensor) or values.dim() != 1 or len(values) < 2:
-            came = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
-            raise ValueError(
-                f"nll must return the negative log likelihood of each example of one fixed batch, shape (n,) with n of "
-                f"2 or more, got {came}. Pass reduction='none' to torch's losses."
-            )
-        if not bool(torch.isfinite(values).all()):
-            raise ValueError(
-                "nll returned NaN or infinity before any cut. Go back to a checkpoint, or check the batch."
-            )
-        return values.double()
+    def losses(self) -> Losses:
+        """Those of the model as it is."""
+        return Losses(self.batches)
 
-    def cost(self, base: Tensor, saved: float = math.inf) -> tuple[float, float]:
-        """(expected, upper bound) of what the data lose against `base`, over all of `num_data`, in nats.
+    def checked_losses(self) -> Losses:
+        """Those of the model as it is, of all examples, so that a refusal comes before any change."""
+        losses = Losses([lambda batch=batch: _checked(batch()) for batch in self.batches])
+        losses.first(sys.maxsize)
+        if losses.count < 2:
+            raise ValueError(_NOT_PER_EXAMPLE.format(f"shape ({losses.count},)"))
+        return losses
 
-        A cut that surely costs more than `hope` times `saved` will not be made, so the rest of the data is not asked.
-        """
-        too_much, look = max(saved, self.hope * saved), _FIRST_LOOK
-        taken: list[Tensor] = []
-        count = 0
-        for part in self.parts():
-            taken.append(part.double() - base[count : count + len(part)])
-            count += len(part)
-            if look <= count < len(base):
-                expected, error = self._mean(taken)
-                if expected - _SURE * error > too_much:
-                    return expected, expected + self.z * error
-                look = 2 * count
-        expected, error = self._mean(taken)
-        return expected, expected + self.z * error
 
-    def _mean(self, taken: list[Tensor]) -> tuple[float, float]:
-        """(expected, standard error) over all of `num_data`; infinity and 0 if a value is not finite."""
-        d = torch.cat(taken)
-        expected, error = float(d.mean()), float(d.std()) / math.sqrt(len(d))
-        return (self.num_data * expected, self.num_data * error) if math.isfinite(expected + error) else (math.inf, 0.0)
+_NOT_PER_EXAMPLE = (
+    "nll must return the negative log likelihood of each example of one fixed batch, shape (n,) with n of 2 or more, "
+    "got {}. Pass reduction='none' to torch's losses."
+)
+
+
+def _checked(values: object) -> Tensor:
+    if not isinstance(values, Tensor) or values.dim() != 1:
+        came = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(_NOT_PER_EXAMPLE.format(came))
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError("nll returned NaN or infinity before any cut. Go back to a checkpoint, or check the batch.")
+    return values
 
 
 def select_ranks_(
@@ -154,9 +138,7 @@ def select_ranks_(
         ValueError: If an argument is out of range, `nll` returns something else, or a factor is not finite. Nothing
             has changed then.
     """
-    found, _ = search_ranks_(
-        model, optimizer, parts=lambda: [nll()], num_data=num_data, beta=beta, z=z, max_cut=max_cut, hope=1.0
-    )
+    found, _ = search_ranks_(model, optimizer, batches=[nll], num_data=num_data, beta=beta, z=z, max_cut=max_cut)
     return found
 
 
@@ -164,32 +146,30 @@ def search_ranks_(
     model: nn.Module,
     optimizer: Optimizer | None = None,
     *,
-    parts: Parts,
+    batches: Batches,
     num_data: int,
     beta: float,
     z: float,
     max_cut: float,
-    hope: float,
 ) -> tuple[list[RankChange], list[RankChange]]:
     """`select_ranks_`, and what nearly passed: of every other bond its best cut, with the cost that is expected.
 
-    `parts` gives the NLL of each example by the batch, always in the same order. The cost of a cut that is not made is
-    measured to the end only if it may be under `hope` times what it saves; else it is what the first batches say.
+    `batches` give the NLL of each example by the batch. As many of them are asked as a decision needs: most cuts cost
+    far more, or far less, than they save, and the first ones say so.
     """
     check_weights(num_data, beta)
     if not z >= 0 or not 0 < max_cut <= 1:
         raise ValueError(f"z must be 0 or more and max_cut above 0 and up to 1, got z={z} and max_cut={max_cut}.")
     tensors = finite_tensors(model, "select ranks of")
-    test = _Test(parts, num_data, beta, z, hope)
+    test = _Test(batches, num_data, beta, z)
     changes: list[RankChange] = []
     misses: list[RankChange] = []
     with torch.no_grad(), _evaluating(model):
-        base = test.per_example()
+        base = test.checked_losses()
         for path, tensor in tensors:
-            found, missed = _select(tensor, layer_path(path), test, base, max_cut)
+            found, missed, base = _select(tensor, layer_path(path), test, base, max_cut)
             if found:
                 _apply(tensor, found, optimizer)
-                base = test.per_example()
             changes += found
             misses += missed
     return changes, misses
@@ -243,28 +223,40 @@ def _trying(tensor: LowRankTensor) -> Iterator[None]:
             p.grad = grad
 
 
+@contextmanager
+def _holding(tensor: LowRankTensor, data: Sequence[Tensor]) -> Iterator[None]:
+    """The tensor with other numbers, for a while."""
+    with _trying(tensor):
+        for p, values in zip(tensor.parameters(), data, strict=True):
+            p.grad = None
+            p.data = values
+        yield
+
+
 def _select(
-    tensor: LowRankTensor, name: str, test: _Test, base: Tensor, max_cut: float
-) -> tuple[list[RankChange], list[RankChange]]:
-    """(cuts that pass, the others at their expected cost)."""
+    tensor: LowRankTensor, name: str, test: _Test, base: Losses, max_cut: float
+) -> tuple[list[RankChange], list[RankChange], Losses]:
+    """(cuts that pass, the others at their expected cost, losses with the cuts made)."""
     found: list[RankChange] = []
     missed: list[RankChange] = []
-    before = _worth(tensor, test.num_data)
+    before, uncut = _worth(tensor, test.num_data), base
     with _trying(tensor):
         tensor.align_()
         for bond, rank in tensor.ranks.items():
             if rank == 0:
                 continue
             best = _best_rank(tensor, bond, test, base, rank - max(1, math.floor(rank * max_cut)))
-            if best.bound < best.saved:
+            if best.passes:
                 found.append(RankChange(name, bond, rank, best.rank, best.bound, best.saved))
                 _reduce(tensor, bond, best.rank, None)
-                base = test.per_example()
+                base = test.losses()
             else:
                 missed.append(RankChange(name, bond, rank, best.rank, best.cost, best.saved))
         # Turning the slices has its price, since correlations of the posterior are dropped; cuts have to bear it too.
         saved = test.beta * (before - _worth(tensor, test.num_data))
-    return (found if saved > sum(change.nll_cost for change in found) else []), missed
+    if saved > sum(change.nll_cost for change in found):
+        return found, missed, base
+    return [], missed, uncut
 
 
 class _Weighed(NamedTuple):
@@ -272,39 +264,47 @@ class _Weighed(NamedTuple):
     cost: float
     bound: float
     saved: float
+    passes: bool
 
 
-def _best_rank(tensor: LowRankTensor, bond: str, test: _Test, base: Tensor, least: int) -> _Weighed:
+class _Candidate(NamedTuple):
+    rank: int
+    saved: float
+    losses: Losses
+
+
+def _best_rank(tensor: LowRankTensor, bond: str, test: _Test, base: Losses, least: int) -> _Weighed:
     """The rank, from `least` to one below the present, at which saved - cost is expected to be largest, by bisection.
 
     The smallest rank that passes would be too small: a slice that is worth keeping could go on the account of
     worthless ones that go with it.
     """
-    worth, rank = _worth(tensor, test.num_data), tensor.ranks[bond]
-    single = rank - 1
+    worth, single = _worth(tensor, test.num_data), tensor.ranks[bond] - 1
 
     @cache
-    def weigh(candidate: int) -> _Weighed:
+    def at(rank: int) -> _Candidate:
         with _trying(tensor):
-            _reduce(tensor, bond, candidate, None)
+            _reduce(tensor, bond, rank, None)
             saved = test.beta * (worth - _worth(tensor, test.num_data))
-            # The bisection compares ranks on all examples; only the first question is one of yes or no.
-            return _Weighed(candidate, *test.cost(base, saved if candidate == single else math.inf), saved)
+            held = partial(_holding, tensor, [p.data for p in tensor.parameters()])
+        return _Candidate(rank, saved, Losses(test.batches, held))
 
-    def gain(candidate: int) -> float:
-        return weigh(candidate).saved - weigh(candidate).cost
+    def gains_more(one: _Candidate, losses: Losses, saved: float) -> bool:
+        return weigh(one.losses, losses, test.num_data, one.saved - saved).is_less
 
-    # Most bonds lose nothing, so a single slice is tried first; bisection follows only if that pays.
-    if not gain(single) > 0:
-        return weigh(single)
     low, high = least, single
+    # Most bonds lose nothing, so a single slice is tried first; bisection follows only if that pays.
+    if not gains_more(at(single), base, 0.0):
+        low = single
     while low < high:
         middle = (low + high) // 2
-        if gain(middle) > gain(middle + 1):
+        if gains_more(at(middle), at(middle + 1).losses, at(middle + 1).saved):
             high = middle
         else:
             low = middle + 1
-    return weigh(high)
+    best = at(high)
+    verdict = weigh(best.losses, base, test.num_data, best.saved, test.z)
+    return _Weighed(best.rank, verdict.expected, verdict.bound, best.saved, verdict.is_less)
 
 
 def _worth(tensor: LowRankTensor, num_data: int) -> float:

@@ -16,9 +16,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 from rankfall._elbo import check_weights, kl
-from rankfall._evidence import Parts
 from rankfall._files import write_atomic
 from rankfall._groups import parameter_groups
+from rankfall._losses import Batches
 from rankfall._progress import ProgressBar
 from rankfall._ranks import ranks
 from rankfall._selection import Evidence, Selection, Training, select_
@@ -241,22 +241,21 @@ def _train_epoch(objective: _Objective, loader: Iterable[Batch], optimizer: "Acc
     return {"loss": float(total) / steps, "nll": mean, "nll_error": spread, "kl": float(divergence.detach())}
 
 
-def _sample(model: nn.Module, loader: Iterable[Batch], nll: NLL, accelerator: "Accelerator", examples: int) -> Parts:
+def _sample(model: nn.Module, loader: Iterable[Batch], nll: NLL, accelerator: "Accelerator", examples: int) -> Batches:
     """The NLL of each of so many examples by the batch, always the same ones: the first of a new pass over the data."""
+
+    def of(batch: Batch) -> Tensor:
+        with accelerator.autocast():
+            return nll(model, batch)
+
     batches, count = [], 0
-    with torch.no_grad(), accelerator.autocast():
+    with torch.no_grad():
         for batch in loader:
-            batches.append(_to_device(batch, accelerator.device))
-            count += len(nll(model, batches[-1]))
+            batches.append(partial(of, _to_device(batch, accelerator.device)))
+            count += len(batches[-1]())
             if count >= examples:
                 break
-
-    def parts() -> Iterator[Tensor]:
-        for batch in batches:
-            with accelerator.autocast():
-                yield nll(model, batch)
-
-    return parts
+    return batches
 
 
 def _to_device(batch: Batch, device: torch.device) -> Batch:

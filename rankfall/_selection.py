@@ -10,7 +10,8 @@ from typing import Any, Literal, TypeAlias
 from torch import nn
 from torch.optim import Optimizer
 
-from rankfall._evidence import Parts, RankChange, apply_, prior_side, search_ranks_, undo_
+from rankfall._evidence import RankChange, apply_, prior_side, search_ranks_, undo_
+from rankfall._losses import Batches
 from rankfall._ranks import check_threshold, grow_ranks_, prune_, ranks
 from rankfall._walk import low_rank_tensors
 
@@ -193,7 +194,7 @@ class Training:
     first: int
     num_data: int
     beta: float
-    sample: Callable[[int], Parts]
+    sample: Callable[[int], Batches]
 
 
 def select_(
@@ -224,12 +225,11 @@ def _ask_(
     cuts, misses = search_ranks_(
         model,
         optimizer,
-        parts=training.sample(policy.examples),
+        batches=training.sample(policy.examples),
         num_data=training.num_data,
         beta=training.beta,
         z=policy.z,
         max_cut=policy.max_cut,
-        hope=_HOPE,
     )
     if cuts:
         return {"selection": "cut", "cuts": [asdict(cut) for cut in cuts]}
