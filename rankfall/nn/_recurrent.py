@@ -2,16 +2,20 @@
 """Recurrent layers whose weights are low-rank tensors."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from rankfall._contract import dense
 from rankfall._formats import Format
+from rankfall._matmul import linear
 from rankfall._posteriors import Posterior
 from rankfall._priors import Prior
+from rankfall._recurrence import Clock, GRUSteps, LSTMSteps, mirrored
 from rankfall._tensor import LowRankTensor
 from rankfall.nn._formed import Formed, blocks_apart, others_of
 
@@ -146,11 +150,89 @@ class _Recurrent(Formed):
             hx: The first states as torch takes them; None for zeros.
         """
         self._check(input)
+        if self._steps_are_own(input, hx):
+            return self._through_time(input, hx)
         return self._run(input, hx)
 
-    def _check(self, input: Sequences) -> None:
-        tensor = self.get_submodule("weight_ih_l0")
+    def _steps_are_own(self, input: Sequences, hx: Any) -> bool:  # noqa: ANN401
+        """Whether the library's own steps run, faster than torch's on a CPU; what torch refuses is left to it."""
+        data = input.data if isinstance(input, PackedSequence) else input
+        if data.device.type != "cpu" or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+            return False
+        if not data.numel() or data.dim() not in ((2,) if isinstance(input, PackedSequence) else (2, 3)):
+            return False
+        own = self.get_parameter("weight_hh_l0.factors.0").dtype
+        states = () if hx is None else hx if isinstance(hx, tuple) else (hx,)
+        shape, count = self._states_shape(input), 2 if self._dense is nn.LSTM else 1
+        fit = all(isinstance(s, Tensor) and s.shape == shape and s.dtype == own for s in states)
+        return data.dtype == own and fit and len(states) in (0, count)
+
+    def _states_shape(self, input: Sequences) -> tuple[int, ...]:
+        like = self.like
+        most = like.num_layers * (2 if like.bidirectional else 1)
+        if isinstance(input, PackedSequence):
+            return most, int(input.batch_sizes[0]), like.hidden_size
+        if input.dim() == 2:
+            return most, like.hidden_size
+        return most, input.shape[0 if like.batch_first else 1], like.hidden_size
+
+    def _through_time(self, input: Sequences, hx: Any) -> tuple[Sequences, Any]:  # noqa: ANN401
+        like, is_alone = self.like, not isinstance(input, PackedSequence) and input.dim() == 2
+        data, clock = _rows_of(input, like.batch_first)
+        given = hx if isinstance(hx, tuple) else (hx,) * (hx is not None)
+        if is_alone:
+            given = [state.unsqueeze(1) for state in given]
+        elif isinstance(input, PackedSequence) and input.sorted_indices is not None:
+            given = [state.index_select(1, input.sorted_indices) for state in given]
+        directions = 2 if like.bidirectional else 1
+        shape = (like.num_layers * directions, clock.sizes[0], like.hidden_size)
+        states = given or [data.new_zeros(shape) for _ in range(2 if self._dense is nn.LSTM else 1)]
+        drawn = {name: self._tensor(name).drawn() for name in self._weights}
+        ends: list[Sequence[Tensor]] = []
+        for layer in range(like.num_layers):
+            names = [f"_l{layer}{end}" for end in ("", "_reverse")[:directions]]
+            first = [state[layer * directions : (layer + 1) * directions] for state in states]
+            out, *last = self._steps(names, drawn, mirrored([data] * directions, clock), first, clock)
+            data = torch.cat(mirrored(out.unbind(), clock), 1) if like.bidirectional else out[0]
+            if layer < like.num_layers - 1:
+                data = F.dropout(data, like.dropout, self.training)
+            ends.append(last)
+        final = [torch.cat(parts) for parts in zip(*ends, strict=True)]
+        if is_alone:
+            final = [state.squeeze(1) for state in final]
+        elif isinstance(input, PackedSequence) and input.unsorted_indices is not None:
+            final = [state.index_select(1, input.unsorted_indices) for state in final]
+        return _as_given(input, data, clock, like.batch_first), tuple(final) if len(final) > 1 else final[0]
+
+    def _steps(
+        self,
+        names: Sequence[str],
+        drawn: Mapping[str, list[Tensor]],
+        inputs: Sequence[Tensor],
+        states: Sequence[Tensor],
+        clock: Clock,
+    ) -> tuple[Tensor, ...]:
+        """Outputs and last states of the directions of one layer."""
+        raise NotImplementedError
+
+    def _bias(self, name: str) -> Tensor | None:
+        return self.get_parameter(f"bias{name}") if self.like.bias else None
+
+    def _tensor(self, name: str) -> LowRankTensor:
+        tensor = self.get_submodule(name)
         assert isinstance(tensor, LowRankTensor)
+        return tensor
+
+    def _projected(self, name: str, factors: list[Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
+        return linear(self._tensor(name).layout, factors, x, bias)
+
+    def _recurrent_weights(self, names: Sequence[str], drawn: Mapping[str, list[Tensor]]) -> Tensor:
+        """Formed, since each of the steps uses them; shape (directions, gates, hidden_size)."""
+        found = [f"weight_hh{name}" for name in names]
+        return torch.stack([dense(self._tensor(name).layout, drawn[name]) for name in found])
+
+    def _check(self, input: Sequences) -> None:
+        tensor = self._tensor("weight_ih_l0")
         where = repr(tensor.path.rpartition(".")[0] or tensor.path) if tensor.path else type(self).__name__
         data = input.data if isinstance(input, PackedSequence) else input
         if data.shape[-1] != self.like.input_size:
@@ -186,8 +268,9 @@ class LSTM(_Recurrent):
 
     Each of torch's weight matrices, weight_ih_l0 (4 hidden_size x input_size), weight_hh_l0 and so on, is one low-rank
     tensor that has the gate as a mode of its own. They are formed once per call, drawn from the posterior in train mode
-    and at its mean in eval mode, in the order of torch's parameters; torch's fused kernel does the rest, the input
-    projection of the whole sequence in one product included.
+    and at its mean in eval mode, in the order of torch's parameters. On a CPU the inputs of all steps are multiplied at
+    once in the cheapest way at the current ranks, and the library's own steps, with hand-written gradients, do the
+    rest; on other devices, under autocast and in torch.compile torch's fused kernel does, on the formed weights.
 
     Example:
         >>> layer = rf.nn.LSTM(32, 24, num_layers=2, bidirectional=True, format=rf.TT(max_rank=8))
@@ -220,6 +303,21 @@ class LSTM(_Recurrent):
 
     _dense, _gates = nn.LSTM, 4
 
+    def _steps(
+        self,
+        names: Sequence[str],
+        drawn: Mapping[str, list[Tensor]],
+        inputs: Sequence[Tensor],
+        states: Sequence[Tensor],
+        clock: Clock,
+    ) -> tuple[Tensor, ...]:
+        projected = []
+        for name, x in zip(names, inputs, strict=True):
+            inner, outer = self._bias(f"_ih{name}"), self._bias(f"_hh{name}")
+            bias = None if inner is None or outer is None else inner + outer
+            projected.append(self._projected(f"weight_ih{name}", drawn[f"weight_ih{name}"], x, bias))
+        return LSTMSteps.apply(self._recurrent_weights(names, drawn), *states, clock, *projected)  # pyright: ignore
+
 
 class GRU(_Recurrent):
     """Gated recurrent unit with low-rank weights; torch.nn.GRU otherwise. See `LSTM`; a GRU has three gates.
@@ -232,6 +330,40 @@ class GRU(_Recurrent):
     """
 
     _dense, _gates = nn.GRU, 3
+
+    def _steps(
+        self,
+        names: Sequence[str],
+        drawn: Mapping[str, list[Tensor]],
+        inputs: Sequence[Tensor],
+        states: Sequence[Tensor],
+        clock: Clock,
+    ) -> tuple[Tensor, ...]:
+        projected = [
+            self._projected(f"weight_ih{name}", drawn[f"weight_ih{name}"], x, self._bias(f"_ih{name}"))
+            for name, x in zip(names, inputs, strict=True)
+        ]
+        outer = [self._bias(f"_hh{name}") for name in names]
+        rows = [projected[0].new_zeros(projected[0].shape[1]) if b is None else b for b in outer]
+        bias = torch.stack(rows).unsqueeze(1)
+        weights = self._recurrent_weights(names, drawn)
+        return GRUSteps.apply(weights, bias, *states, clock, *projected)  # pyright: ignore
+
+
+def _rows_of(input: Sequences, batch_first: bool) -> tuple[Tensor, Clock]:
+    """The inputs step by step, shape (rows, width), and how many sequences each step has."""
+    if isinstance(input, PackedSequence):
+        return input.data, Clock(tuple(input.batch_sizes.tolist()))
+    steps = input.unsqueeze(1) if input.dim() == 2 else input.transpose(0, 1) if batch_first else input
+    return steps.flatten(0, 1), Clock((steps.shape[1],) * steps.shape[0])
+
+
+def _as_given(input: Sequences, data: Tensor, clock: Clock, batch_first: bool) -> Sequences:
+    """Rows as sequences of the kind that came in."""
+    if isinstance(input, PackedSequence):
+        return PackedSequence(data, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
+    steps = data.unflatten(0, (len(clock.sizes), clock.sizes[0]))
+    return steps.squeeze(1) if input.dim() == 2 else steps.transpose(0, 1) if batch_first else steps
 
 
 def weight_names(module: nn.Module) -> tuple[str, ...]:

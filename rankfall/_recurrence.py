@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The steps of an LSTM and of a GRU through time, after the input projection, with hand-written gradients.
+
+torch's CPU kernels record some twenty operations a step and add to the gradient of the recurrent weight at each one.
+Here both directions take a step together, what does not depend on the step before is done for all steps at once, and
+the gradient of the weight is one product.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+@dataclass(frozen=True)
+class Clock:
+    """How many sequences, sorted by falling length, are still running at each step; rows are packed step by step."""
+
+    sizes: tuple[int, ...]
+
+    @cached_property
+    def rows(self) -> int:
+        """Steps of all sequences together."""
+        return sum(self.sizes)
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all sequences are equally long."""
+        return self.sizes[0] == self.sizes[-1]
+
+    @cached_property
+    def _place(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(step, sequence of each row; first row of each step)."""
+        sizes = torch.tensor(self.sizes)
+        first = sizes.cumsum(0) - sizes
+        step = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+        return step, torch.arange(self.rows) - first[step], first
+
+    @cached_property
+    def mirror(self) -> Int[Tensor, " rows"]:
+        """The row in which a sequence stands when it is read from its end; its own inverse.
+
+        Example:
+            >>> Clock((2, 2, 1)).mirror.tolist()  # steps of sequence a and b: a0 b0 a1 b1 a2
+            [4, 3, 2, 1, 0]
+        """
+        step, sequence, first = self._place
+        lengths = torch.bincount(sequence)
+        return first[lengths[sequence] - 1 - step] + sequence
+
+    def before(self, states: Tensor) -> Tensor:
+        """Of states (first ones, then those after each row), those before each row; shape (directions, rows, size)."""
+        if self.is_even:
+            return states[:, : self.rows]
+        step, sequence, first = self._place
+        index = torch.where(step > 0, self.sizes[0] + first[step - 1] + sequence, sequence)
+        return states.index_select(1, index)
+
+    def last(self, states: Tensor) -> Tensor:
+        """Of the same, those after the last row of each sequence; shape (directions, sequences, size)."""
+        step, sequence, first = self._place
+        lengths = torch.bincount(sequence, minlength=self.sizes[0])
+        return states.index_select(1, self.sizes[0] + first[lengths - 1] + torch.arange(self.sizes[0]))
+
+
+class _Buffer:
+    """First states and room for those after each row: (directions, sequences + rows, size)."""
+
+    def __init__(self, first: Tensor, clock: Clock) -> None:
+        directions, sequences, size = first.shape
+        self.all = first.new_empty(directions, sequences + clock.rows, size)
+        self.all[:, :sequences] = first
+        self.first, *self.steps = self.all.split([sequences, *clock.sizes], 1)
+
+
+class LSTMSteps(torch.autograd.Function):
+    """(outputs, last h, last c) of apply(recurrent, h, c, clock, *projected); gates i, f, g, o as torch orders them.
+
+    Shapes: recurrent (directions, 4 size, size); h and c (directions, sequences, size); projected, one per direction,
+    (rows, 4 size): W_ih x and both biases. Outputs have shape (directions, rows, size).
+    """
+
+    @staticmethod
+    def forward(  # noqa: D102
+        ctx: Any,  # noqa: ANN401
+        recurrent: Float[Tensor, "directions gates size"],
+        h: Float[Tensor, "directions sequences size"],
+        c: Float[Tensor, "directions sequences size"],
+        clock: Clock,
+        *projected: Float[Tensor, "rows gates"],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        size = h.shape[2]
+        gates, turned = torch.stack(projected), recurrent.transpose(1, 2)
+        states, cells = _Buffer(h, clock), _Buffer(c, clock)
+        h, c = states.first, cells.first
+        pieces = (gates, *(gates[..., k * size : (k + 1) * size] for k in range(4)), gates[..., : 2 * size])
+        by_step = zip(*(piece.split(clock.sizes, 1) for piece in pieces), states.steps, cells.steps, strict=True)
+        for g_all, i, f, g, o, i_and_f, h_next, c_next in by_step:
+            n = h_next.shape[1]
+            g_all.baddbmm_(h[:, :n], turned)
+            i_and_f.sigmoid_()
+            torch.mul(f, c[:, :n], out=c_next)
+            c_next.addcmul_(i, g.tanh_())
+            torch.mul(o.sigmoid_(), c_next.tanh(), out=h_next)
+            h, c = h_next, c_next
+        ctx.clock = clock
+        ctx.save_for_backward(recurrent, gates, states.all, cells.all)
+        return states.all[:, clock.sizes[0] :], clock.last(states.all), clock.last(cells.all)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor, d_h: Tensor, d_c: Tensor) -> tuple[Any, ...]:  # noqa: ANN401, D102
+        recurrent, gates, states, cells = ctx.saved_tensors
+        clock, size = ctx.clock, d_h.shape[2]
+        i, f, g, o = gates.split(size, 2)
+        now = cells[:, clock.sizes[0] :].tanh()
+        # What a change of h or c after a step means for c and the gates before their nonlinearity, all steps at once.
+        to_c = torch.addcmul(o, o * now, now, value=-1)
+        slopes = torch.empty_like(gates)
+        s_i, s_f, s_g, s_o = slopes.split(size, 2)
+        torch.mul(_slope(i), g, out=s_i)
+        torch.mul(_slope(f), clock.before(cells), out=s_f)
+        torch.addcmul(i, i * g, g, value=-1, out=s_g)
+        torch.mul(_slope(o), now, out=s_o)
+        d_h, d_c = d_h.clone(), d_c.clone()
+        by_three = slopes.unflatten(2, (4, size))[:, :, :3]
+        pieces = (d_out, to_c, f, slopes, by_three, s_o)
+        by_step = zip(*(piece.split(clock.sizes, 1) for piece in pieces), strict=True)
+        for out, to_c_now, f_now, d_gates, of_c, of_h in reversed(list(by_step)):
+            n = out.shape[1]
+            h, c = d_h[:, :n], d_c[:, :n]
+            h.add_(out)
+            c.addcmul_(h, to_c_now)
+            of_c.mul_(c.unsqueeze(2))
+            of_h.mul_(h)
+            torch.bmm(d_gates, recurrent, out=h)
+            c.mul_(f_now)
+        d_recurrent = slopes.transpose(1, 2) @ clock.before(states) if ctx.needs_input_grad[0] else None
+        return d_recurrent, d_h, d_c, None, *slopes
+
+
+class GRUSteps(torch.autograd.Function):
+    """(outputs, last h) of apply(recurrent, bias, h, clock, *projected); gates r, z, n as torch orders them.
+
+    Shapes as for `LSTMSteps`, with three gates; bias (directions, 1, 3 size) is that of the recurrent product, which r
+    multiplies in the third gate.
+    """
+
+    @staticmethod
+    def forward(  # noqa: D102
+        ctx: Any,  # noqa: ANN401
+        recurrent: Float[Tensor, "directions gates size"],
+        bias: Float[Tensor, "directions 1 gates"],
+        h: Float[Tensor, "directions sequences size"],
+        clock: Clock,
+        *projected: Float[Tensor, "rows gates"],
+    ) -> tuple[Tensor, Tensor]:
+        size = h.shape[2]
+        gates, turned = torch.stack(projected), recurrent.transpose(1, 2)
+        states, heard = _Buffer(h, clock), gates.new_empty(len(gates), clock.rows, size)
+        h = states.first
+        pieces = (gates[..., : 2 * size], *gates.split(size, 2), heard)
+        by_step = zip(*(piece.split(clock.sizes, 1) for piece in pieces), states.steps, strict=True)
+        for r_and_z, r, z, n, heard_now, h_next in by_step:
+            past = h[:, : h_next.shape[1]]
+            product = torch.baddbmm(bias, past, turned)
+            r_and_z.add_(product[..., : 2 * size]).sigmoid_()
+            heard_now.copy_(product[..., 2 * size :])
+            n.addcmul_(r, heard_now).tanh_()
+            torch.lerp(n, past, z, out=h_next)
+            h = h_next
+        ctx.clock = clock
+        ctx.save_for_backward(recurrent, gates, states.all, heard)
+        return states.all[:, clock.sizes[0] :], clock.last(states.all)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor, d_h: Tensor) -> tuple[Any, ...]:  # noqa: ANN401, D102
+        recurrent, gates, states, heard = ctx.saved_tensors
+        clock, size = ctx.clock, d_h.shape[2]
+        r, z, n = gates.split(size, 2)
+        past = clock.before(states)
+        to_n = (1 - z) * (1 - n * n)
+        slopes = torch.empty_like(gates)
+        s_r, s_z, s_n = slopes.split(size, 2)
+        torch.mul(_slope(r), to_n * heard, out=s_r)
+        torch.mul(_slope(z), past - n, out=s_z)
+        torch.mul(to_n, r, out=s_n)
+        d_h, d_states = d_h.clone(), torch.empty_like(to_n)
+        pieces = (d_out, z, slopes, slopes.unflatten(2, (3, size)), d_states)
+        by_step = zip(*(piece.split(clock.sizes, 1) for piece in pieces), strict=True)
+        for out, z_now, d_product, by_gate, kept in reversed(list(by_step)):
+            h = d_h[:, : out.shape[1]]
+            torch.add(h, out, out=kept)
+            by_gate.mul_(kept.unsqueeze(2))
+            torch.mul(kept, z_now, out=h)
+            h.baddbmm_(d_product, recurrent)
+        d_recurrent = slopes.transpose(1, 2) @ past if ctx.needs_input_grad[0] else None
+        d_bias = slopes.sum(1, keepdim=True) if ctx.needs_input_grad[1] else None
+        # The projected inputs stand outside of the product that r multiplies.
+        torch.mul(to_n, d_states, out=s_n)
+        return d_recurrent, d_bias, d_h, None, *slopes
+
+
+def _slope(gate: Tensor) -> Tensor:
+    """The derivative of a sigmoid from its value."""
+    return torch.addcmul(gate, gate, gate, value=-1)
+
+
+def mirrored(values: Sequence[Tensor], clock: Clock) -> list[Tensor]:
+    """Rows of the second direction read from the end of each sequence; the first direction is as it is."""
+    return [v.index_select(0, clock.mirror) if k else v for k, v in enumerate(values)]
