@@ -191,6 +191,9 @@ def mixed(left: Float[Tensor, "p q"], right: Float[Tensor, "n q s"]) -> Float[Te
     return value
 
 
+_WORTH_A_CALL = 1_000_000  # Operations of a product beside which the call of it costs little.
+
+
 class _Mixed(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -207,10 +210,17 @@ class _Mixed(torch.autograd.Function):
         left, right = ctx.saved_tensors
         of_left = of_right = None
         if ctx.needs_input_grad[0]:
-            of_left = torch.addbmm(torch.zeros_like(left), gradient, right.transpose(1, 2))
+            of_left = _summed_products(gradient, right)
         if ctx.needs_input_grad[1]:
             of_right = torch.bmm(left.T.expand(len(right), *left.T.shape), gradient)
         return of_left, of_right
+
+
+def _summed_products(a: Tensor, b: Tensor) -> Tensor:
+    """The sum over i of a[i] @ b[i].T: one product of copies, unless each product is large enough to be called alone."""
+    if 2 * a.shape[1] * a.shape[2] * b.shape[1] > _WORTH_A_CALL:
+        return torch.addbmm(a.new_zeros(a.shape[1], b.shape[1]), a, b.transpose(1, 2))
+    return a.transpose(0, 1).reshape(a.shape[1], -1) @ b.transpose(1, 2).reshape(-1, b.shape[1])
 
 
 def squared_norm(layout: Layout, factors: Sequence[Tensor]) -> Float[Tensor, ""]:

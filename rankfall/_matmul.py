@@ -41,6 +41,7 @@ class Way:
         flops: Multiplications and additions.
         elements: Elements read and written.
         slower: How much longer the operations take than those of one large product.
+        calls: Products of their own in batched products, each of which costs something by itself.
     """
 
     kind: Literal["formed", "halves", "cut", "steps"]
@@ -48,12 +49,18 @@ class Way:
     elements: int
     bond: int = 0
     right_first: bool = True
-    slower: int = 1
+    slower: float = 1
+    calls: int = 0
 
     @property
     def cost(self) -> int:
         """Time, in floating-point operations."""
-        return cost_of(self.slower * self.flops, self.elements)
+        return cost_of(round(self.slower * self.flops) + _CALL * self.calls, self.elements)
+
+
+_CALL = 80_000  # Operations in the time that one product of a batched product takes to get going.
+_COPIES = 3  # What a step reads or writes is also brought into the order of axes that its product wants.
+_NARROW = 32  # Columns of the right matrix at which each product of a batched product runs at half of its speed.
 
 
 @planned_once
@@ -76,7 +83,7 @@ def linear_ways(layout: Layout, shapes: Shapes, rows: int) -> list[Way]:
     ways = [
         _with_products("formed", formed, rows, (width, out)),
         # Orders that keep many axes apart are run by batched products and copies, which reach half of the speed.
-        Way("steps", steps.flops, steps.elements, slower=SLOWER_IN_STEPS),
+        Way("steps", steps.flops, _COPIES * steps.elements, slower=SLOWER_IN_STEPS),
     ]
     pair = halves(layout, shapes)
     if pair is None:
@@ -102,13 +109,15 @@ def _cut_way(layout: Layout, shapes: Shapes, rows: int, bond: int, right_first: 
     rank = layout.ranks(shapes)[layout.bonds[bond]]
     if right_first:
         middle = rows * in_left * rank * out_right
-        flops = 2 * middle * (in_right + out_left)
+        one, batched, columns = in_right, out_left, out_right
     else:
         middle = rows * out_left * rank * in_right
-        flops = 2 * middle * (in_left + out_right)
+        one, batched, columns = out_right, in_left, in_right
+    flops = 2 * middle * (one + batched)
+    slower = (one + batched * (1 + _NARROW / columns)) / (one + batched)
     parts = rank * (out_left * in_left + out_right * in_right)
     elements = rows * (in_left * in_right + out_left * out_right) + 2 * middle + 2 * parts
-    return Way("cut", flops + 2 * parts * rank, elements, bond, right_first)
+    return Way("cut", flops + 2 * parts * rank, elements, bond, right_first, slower, calls=rows)
 
 
 def linear(
