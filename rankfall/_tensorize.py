@@ -68,7 +68,8 @@ def tensorize_(
         prior: The hyperprior of the prior scales, rf.HalfCauchy() by default.
         posterior: rf.MeanField() by default, or rf.Point().
         filter_fn: Called with a layer and its path; True converts it. None converts every layer that can be.
-        from_dense: True decomposes the weights that are there (for a trained model), False starts afresh.
+        from_dense: True decomposes the weights that are there (for a trained model), False starts afresh; then a
+            weight may be on the meta device, without memory, and its factors are made on the default device.
 
     Raises:
         ValueError: If nothing matches, a format does not fit a layer, or a weight is shared with a layer that stays
@@ -145,6 +146,8 @@ def _convert(
     layer: nn.Module, name: str, old: Tensor, conversion: Conversion, spec: Spec, from_dense: bool
 ) -> LowRankTensor:
     value = conversion.oriented(old)
+    if from_dense and old.is_meta:
+        raise ValueError("its weight is on the meta device and has no values to decompose. Pass from_dense=False.")
     if from_dense:
         weight = LowRankTensor.from_dense(value, spec.format, prior=spec.prior, posterior=spec.posterior)
     else:
@@ -154,7 +157,7 @@ def _convert(
             prior=spec.prior,
             posterior=spec.posterior,
             initial_std=conversion.initial_std(layer, name),
-            device=old.device,
+            device=None if old.is_meta else old.device,
             dtype=old.dtype,
         )
     return weight.requires_grad_(old.requires_grad).train(layer.training)

@@ -2,8 +2,8 @@
 """Rows of a data set in memory, and the batches that they are given out in."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import torch
@@ -28,12 +28,16 @@ class Data:
         augment: Changes the inputs of a training batch at random.
         texts: Whether inputs are token ids, filled up with PADDING: batches are then of similar length, and cut to
             their longest text.
+        clicks: Whether class 1 is an event that is rare, and its probability what is wanted.
+        known: Figures that whoever made the rows reaches on the test rows.
     """
 
     train: Rows
     test: Rows
     augment: Callable[[Tensor], Tensor] | None = None
     texts: bool = False
+    clicks: bool = False
+    known: Mapping[str, float] = field(default_factory=dict)
 
     def limited(self, rows: int | None) -> "Data":
         """The first `rows` training rows, and as many for testing; None keeps all."""

@@ -25,7 +25,9 @@ def measure(model: nn.Module, data: Data, rows: int) -> dict[str, float]:
     """
     device = next(model.parameters()).device
     logits, labels = zip(*((model(x.to(device)), y.to(device)) for x, y in data.test_batches(rows)), strict=True)
-    return figures(torch.cat(logits).float().log_softmax(1), torch.cat(labels))
+    found, truth = torch.cat(logits).float(), torch.cat(labels)
+    clicks = click_figures(found[:, 1] - found[:, 0], truth) if data.clicks else {}
+    return figures(found.log_softmax(1), truth) | {f"test_{name}": value for name, value in clicks.items()}
 
 
 def figures(log_probabilities: Float[Tensor, "n classes"], labels: Int[Tensor, " n"]) -> dict[str, float]:
@@ -46,6 +48,28 @@ def figures(log_probabilities: Float[Tensor, "n classes"], labels: Int[Tensor, "
     brier = (probabilities - F.one_hot(labels, classes)).square().sum(1).mean()
     nll = F.nll_loss(log_probabilities, labels)
     return dict(zip(FIGURES, map(float, (accuracy, nll, ece, brier)), strict=True))
+
+
+def click_figures(log_odds: Float[Tensor, " n"], clicked: Int[Tensor, " n"]) -> dict[str, float]:
+    """Area under the ROC curve, and normalised entropy (He et al., Practical Lessons from Predicting Clicks, 2014).
+
+    Normalised entropy is the mean NLL over that of always predicting the rate of clicks among these rows; below 1 is
+    better than that.
+
+    Example:
+        >>> figures = click_figures(torch.tensor([2.0, -1.0, -3.0, 0.0]), torch.tensor([1, 1, 0, 0]))
+        >>> {name: round(value, 3) for name, value in figures.items()}
+        {'auc': 0.75, 'normalised_entropy': 0.795}
+
+    Args:
+        log_odds: Of a click.
+        clicked: 1 where one came, else 0.
+    """
+    rate = clicked.float().mean()
+    usual = F.binary_cross_entropy(rate.expand(len(clicked)), clicked.float())
+    nll = F.binary_cross_entropy_with_logits(log_odds, clicked.float())
+    area = binary_auroc(log_odds.sigmoid().double(), clicked)
+    return {"auc": float(area), "normalised_entropy": float(nll / usual)}
 
 
 def auroc(known: Float[Tensor, " n"], strange: Float[Tensor, " m"]) -> float:

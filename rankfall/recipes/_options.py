@@ -12,7 +12,7 @@ from rankfall._posteriors import MeanField, Point, Posterior
 from rankfall._priors import HalfCauchy, LogUniform, Prior
 from rankfall._selection import Evidence, Shrinkage
 
-RecipeName: TypeAlias = Literal["digits", "mnist", "cifar10", "imdb", "transformer"]
+RecipeName: TypeAlias = Literal["digits", "mnist", "cifar10", "imdb", "transformer", "criteo"]
 FormatName: TypeAlias = Literal["cp", "tucker", "tt", "ttm", "tr"]
 MethodName: TypeAlias = Literal["evidence", "shrinkage", "fixed", "compress", "dense"]
 PriorName: TypeAlias = Literal["half-cauchy", "log-uniform"]
@@ -59,6 +59,8 @@ class TrainOptions:
     """Of the initial factors, the order of the data and the posterior's noise."""
     limit: int | None = None
     """Use only so many rows, for a quick trial."""
+    synthetic: bool = False
+    """Of criteo: made-up rows of full size, with labels from planted low-rank tables; --limit says how many."""
     length: int | None = None
     """Tokens of each text that are read; the recipe's own number (imdb and transformer 128) if left out."""
     precision: PrecisionName = "float32"

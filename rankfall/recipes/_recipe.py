@@ -47,12 +47,14 @@ class Recipe:
         load: Reads the data from a folder, or from where it is at home if the folder is None.
         networks: The networks by what `--model` calls them, the usual one first.
         length: For texts, how many tokens of each are read; None for other data.
+        made_up: Makes so many rows whose truth is known, None for the usual number; None if the recipe has none.
     """
 
     name: str
     load: Callable[[Path | None], Data]
     networks: Mapping[str, Network]
     length: int | None = None
+    made_up: Callable[[int | None], Data] | None = None
 
     @property
     def usual(self) -> str:

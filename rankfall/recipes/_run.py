@@ -22,15 +22,15 @@ from rankfall._posteriors import MeanField
 from rankfall._ranks import ranks
 from rankfall._summary import summary
 from rankfall._tensorize import tensorize_
-from rankfall.recipes import cifar10, digits, imdb, mnist
+from rankfall.recipes import cifar10, criteo, digits, imdb, mnist
 from rankfall.recipes._data import Data
 from rankfall.recipes._folder import RunFolder
-from rankfall.recipes._metrics import FIGURES, measure
+from rankfall.recipes._metrics import measure
 from rankfall.recipes._options import PrecisionName, TrainOptions, make_format
 from rankfall.recipes._picture import draw
 from rankfall.recipes._recipe import Network, Recipe
 
-_ALL = (digits.RECIPE, mnist.RECIPE, cifar10.RECIPE, imdb.RECIPE, imdb.TRANSFORMER)
+_ALL = (digits.RECIPE, mnist.RECIPE, cifar10.RECIPE, imdb.RECIPE, imdb.TRANSFORMER, criteo.RECIPE)
 RECIPES = {recipe.name: recipe for recipe in _ALL}
 _TEST_BATCHES = 8  # Batches of training that one forward pass takes when the test set is measured.
 
@@ -65,7 +65,7 @@ def train(options: TrainOptions, *, progress: bool = True) -> tuple[RunFolder, n
     folder.write_history(history)  # A run killed between its last checkpoint and the record of it lacks that one.
     save(model, folder.model)
     draw(history, folder.picture)
-    metrics = _metrics(options, model, history)
+    metrics = _metrics(options, model, history) | data.known
     folder.write("metrics.json", metrics)
     for phase in _phases(network, options):
         (folder.path / phase.checkpoint).unlink(missing_ok=True)
@@ -81,6 +81,10 @@ def load_data(recipe: Recipe, options: TrainOptions) -> Data:
     """
     if options.length is not None and recipe.length is None:
         raise ValueError(f"--length is for texts, and {recipe.name} has none. Leave it out.")
+    if options.synthetic:
+        if recipe.made_up is None:
+            raise ValueError(f"--synthetic is for criteo, and {recipe.name} has no made-up rows. Leave it out.")
+        return recipe.made_up(options.limit)
     return recipe.load(options.data_dir).limited(options.limit).cut(options.length or recipe.length)
 
 
@@ -197,7 +201,7 @@ def _metrics(options: TrainOptions, model: nn.Module, history: list[dict[str, An
         "precision": options.precision,
         "seed": options.seed,
         "epochs": len(history),
-        **{name: last[name] for name in FIGURES},
+        **{name: value for name, value in last.items() if name.startswith("test_")},
         "parameters": counts.parameters,
         "dense_parameters": counts.dense_parameters,
         "compression": counts.compression,
