@@ -217,7 +217,7 @@ class _Mixed(torch.autograd.Function):
 
 
 def _summed_products(a: Tensor, b: Tensor) -> Tensor:
-    """The sum over i of a[i] @ b[i].T: one product of copies, unless each product is large enough to be called alone."""
+    """The sum over i of a[i] @ b[i].T: one product of copies, unless each is large enough to be called alone."""
     if 2 * a.shape[1] * a.shape[2] * b.shape[1] > _WORTH_A_CALL:
         return torch.addbmm(a.new_zeros(a.shape[1], b.shape[1]), a, b.transpose(1, 2))
     return a.transpose(0, 1).reshape(a.shape[1], -1) @ b.transpose(1, 2).reshape(-1, b.shape[1])

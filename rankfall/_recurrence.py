@@ -63,7 +63,7 @@ class Clock:
 
     def last(self, states: Tensor) -> Tensor:
         """Of the same, those after the last row of each sequence; shape (directions, sequences, size)."""
-        step, sequence, first = self._place
+        _, sequence, first = self._place
         lengths = torch.bincount(sequence, minlength=self.sizes[0])
         return states.index_select(1, self.sizes[0] + first[lengths - 1] + torch.arange(self.sizes[0]))
 
@@ -86,7 +86,7 @@ class LSTMSteps(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # noqa: D102
+    def forward(
         ctx: Any,  # noqa: ANN401
         recurrent: Float[Tensor, "directions gates size"],
         h: Float[Tensor, "directions sequences size"],
@@ -114,7 +114,7 @@ class LSTMSteps(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_out: Tensor, d_h: Tensor, d_c: Tensor) -> tuple[Any, ...]:  # noqa: ANN401, D102
+    def backward(ctx: Any, d_out: Tensor, d_h: Tensor, d_c: Tensor) -> tuple[Any, ...]:  # noqa: ANN401  # pyright: ignore
         recurrent, gates, states, cells = ctx.saved_tensors
         clock, size = ctx.clock, d_h.shape[2]
         i, f, g, o = gates.split(size, 2)
@@ -152,7 +152,7 @@ class GRUSteps(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # noqa: D102
+    def forward(
         ctx: Any,  # noqa: ANN401
         recurrent: Float[Tensor, "directions gates size"],
         bias: Float[Tensor, "directions 1 gates"],
@@ -180,7 +180,7 @@ class GRUSteps(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_out: Tensor, d_h: Tensor) -> tuple[Any, ...]:  # noqa: ANN401, D102
+    def backward(ctx: Any, d_out: Tensor, d_h: Tensor) -> tuple[Any, ...]:  # noqa: ANN401  # pyright: ignore
         recurrent, gates, states, heard = ctx.saved_tensors
         clock, size = ctx.clock, d_h.shape[2]
         r, z, n = gates.split(size, 2)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from rankfall._conversions import Conversion, conversion_of, convertible
@@ -38,6 +39,7 @@ class Spec:
     format: Format
     prior: Prior | None
     posterior: Posterior | None
+    device: torch.device | str | None = None
 
 
 def tensorize_(
@@ -48,6 +50,7 @@ def tensorize_(
     posterior: Posterior | None = None,
     filter_fn: Filter | None = None,
     from_dense: bool = False,
+    device: torch.device | str | None = None,
 ) -> nn.Module:
     """Makes the big weights of a model low-rank tensors, in place, and returns the model.
 
@@ -68,8 +71,9 @@ def tensorize_(
         prior: The hyperprior of the prior scales, rf.HalfCauchy() by default.
         posterior: rf.MeanField() by default, or rf.Point().
         filter_fn: Called with a layer and its path; True converts it. None converts every layer that can be.
-        from_dense: True decomposes the weights that are there (for a trained model), False starts afresh; then a
-            weight may be on the meta device, without memory, and its factors are made on the default device.
+        from_dense: True decomposes the weights that are there (for a trained model), False starts afresh.
+        device: Where factors that start afresh are made, None for where each weight is. So a table that fits nowhere
+            can stand on the meta device, without memory, and its factors on a real one.
 
     Raises:
         ValueError: If nothing matches, a format does not fit a layer, or a weight is shared with a layer that stays
@@ -83,7 +87,7 @@ def tensorize_(
     for path, layer, conversion in found:
         with _named(path, layer):
             for name in conversion.parameters(layer):
-                specs[_join(path, name)] = Spec(conversion.format_of(layer, name, format), prior, posterior)
+                specs[_join(path, name)] = Spec(conversion.format_of(layer, name, format), prior, posterior, device)
     replacements = build_replacements(model, specs, from_dense=from_dense)
     logger.info("tensorized %d layers: %s", len(found), ", ".join(path for path, _, _ in found))
     return swap_(model, replacements)
@@ -143,7 +147,12 @@ def _find(model: nn.Module, filter_fn: Filter | None) -> list[tuple[str, nn.Modu
 
 
 def _convert(
-    layer: nn.Module, name: str, old: Tensor, conversion: Conversion, spec: Spec, from_dense: bool
+    layer: nn.Module,
+    name: str,
+    old: Tensor,
+    conversion: Conversion,
+    spec: Spec,
+    from_dense: bool,
 ) -> LowRankTensor:
     value = conversion.oriented(old)
     if from_dense and old.is_meta:
@@ -157,7 +166,7 @@ def _convert(
             prior=spec.prior,
             posterior=spec.posterior,
             initial_std=conversion.initial_std(layer, name),
-            device=None if old.is_meta else old.device,
+            device=old.device if spec.device is None else spec.device,
             dtype=old.dtype,
         )
     return weight.requires_grad_(old.requires_grad).train(layer.training)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `rankfall train`, `rankfall compare` and `rankfall plan`."""
+"""The command line: `rankfall train`, `rankfall compare`, `rankfall plan` and `rankfall prepare`."""
 
 import importlib
 import sys
@@ -18,6 +18,7 @@ from rankfall._pages import keep_pages
 from rankfall._summary import summary
 from rankfall.recipes._compare import CompareOptions, compare
 from rankfall.recipes._options import FormatName, TrainOptions, make_format
+from rankfall.recipes._prepare import PrepareOptions, prepare
 from rankfall.recipes._run import train
 
 _HEADS = (
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: The command line without the program's name; None for the real one.
     """
     options = tyro.extras.subcommand_cli_from_dict(
-        {"train": TrainOptions, "compare": CompareOptions, "plan": PlanOptions},
+        {"train": TrainOptions, "compare": CompareOptions, "plan": PlanOptions, "prepare": PrepareOptions},
         prog="rankfall",
         description="Compact neural networks, trained end to end.",
         args=arguments,
@@ -137,6 +138,13 @@ def _spread(figure: Mapping[str, Any], form: str) -> str:
     return middle if figure["std"] is None else f"{middle} ± {format(figure['std'], form)}"
 
 
+def _prepare(options: PrepareOptions) -> None:
+    index = prepare(options)
+    rows, sizes = index["rows"], index["sizes"]
+    print(f"{rows['train']:,} rows to train with, {rows['test']:,} to test with; {sum(sizes):,} rows in 26 tables")
+    print(f"next: rankfall train criteo --data-dir {options.out}")
+
+
 def _plan(options: PlanOptions) -> None:
     model, example = _make(options.target)
     held = make_format(options.format, options.max_rank)
@@ -168,4 +176,5 @@ _COMMANDS: dict[type, tuple[Callable[[Any], None], str]] = {
     TrainOptions: (_train, "the same command with --resume goes on"),
     CompareOptions: (_compare, "the same command goes on"),
     PlanOptions: (_plan, "nothing was written"),
+    PrepareOptions: (_prepare, "the same command starts anew"),
 }

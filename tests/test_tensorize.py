@@ -130,6 +130,20 @@ def test_device_is_kept(device):
     assert {p.device.type for p in model.parameters()} == {device}
 
 
+def test_a_table_without_memory_gets_factors_where_it_is_told():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Embedding(10**9, 64))
+    rf.tensorize_(model, rf.TTM(2), device="cpu")
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+    assert torch.isfinite(model(torch.tensor([0, 10**9 - 1]))).all()
+
+
+def test_a_table_without_values_cannot_be_decomposed():
+    model = nn.Sequential(nn.Embedding(50, 8, device="meta"))
+    with pytest.raises(ValueError, match=r"^'0': its weight is on the meta device and has no values to decompose"):
+        rf.tensorize_(model, rf.TTM(2), from_dense=True, device="cpu")
+
+
 def test_attention_can_be_left_alone_and_its_feed_forward_works_in_eval_mode():
     model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     attention = model.self_attn.out_proj

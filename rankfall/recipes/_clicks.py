@@ -20,6 +20,7 @@ _CLICK_RATE = 0.2562  # Of Criteo's training rows.
 _SPREAD = 1.6  # Standard deviation of the planted log odds: an AUC of some 0.8 for who knows them.
 _EXPONENT = 1.05  # Of the frequencies of ids: the k-th most frequent one is worth k to the power of minus this.
 _CHUNK = 1 << 16  # Rows that are drawn at once, each chunk from a seed of its own.
+_SEEDS_APART = 1_000_003  # Chunks between the streams of two seeds; only the lower 32 bits of a seed count.
 _TRUTH_SEED = 2010_08689
 
 
@@ -129,7 +130,7 @@ def make_clicks(count: int, seed: int, truth: Truth | None = None) -> Clicks:
 @torch.no_grad()
 def _chunks(count: int, seed: int, truth: Truth) -> Iterator[Clicks]:
     for k in range(-(-count // _CHUNK)):
-        generator = torch.Generator().manual_seed((seed << 32) + k)
+        generator = torch.Generator().manual_seed(seed * _SEEDS_APART + k)
         rows = draw(_CHUNK, truth.sizes, generator)
         chance = torch.rand(_CHUNK, generator=generator)
         kept = min(_CHUNK, count - k * _CHUNK)

@@ -165,7 +165,7 @@ def compare(
 
 def rank_of_size(run: TrainOptions, parameters: int) -> int:
     """The one rank of all bonds, up to that of a run, at which the whole model is nearest to a number of parameters."""
-    network = RECIPES[run.recipe].network(run.model)
+    network = RECIPES[run.recipe].network(run.model, run.data_dir)
     most = network.max_rank if run.max_rank is None else run.max_rank
 
     def distance(rank: int) -> int:
@@ -177,7 +177,7 @@ def rank_of_size(run: TrainOptions, parameters: int) -> int:
 def _start_rank(run: TrainOptions) -> int | None:
     if run.is_dense:
         return None
-    return RECIPES[run.recipe].network(run.model).max_rank if run.max_rank is None else run.max_rank
+    return RECIPES[run.recipe].network(run.model, run.data_dir).max_rank if run.max_rank is None else run.max_rank
 
 
 def _epoch_seconds(history: Sequence[Mapping[str, Any]]) -> Result:

@@ -38,6 +38,10 @@ class Network:
     modes: Mapping[str, tuple[Modes, Modes]] = field(default_factory=dict)
 
 
+def _as_it_is(network: Network, data_dir: Path | None) -> Network:
+    return network
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A training run that is ready to go.
@@ -47,6 +51,7 @@ class Recipe:
         load: Reads the data from a folder, or from where it is at home if the folder is None.
         networks: The networks by what `--model` calls them, the usual one first.
         length: For texts, how many tokens of each are read; None for other data.
+        fitted: A network of the sizes that the data in a folder need.
         made_up: Makes so many rows whose truth is known, None for the usual number; None if the recipe has none.
     """
 
@@ -54,6 +59,7 @@ class Recipe:
     load: Callable[[Path | None], Data]
     networks: Mapping[str, Network]
     length: int | None = None
+    fitted: Callable[[Network, Path | None], Network] = _as_it_is
     made_up: Callable[[int | None], Data] | None = None
 
     @property
@@ -61,13 +67,14 @@ class Recipe:
         """The network that is trained if none is named."""
         return next(iter(self.networks))
 
-    def network(self, name: str | None) -> Network:
-        """The network of a name, None for the usual one.
+    def network(self, name: str | None, data_dir: Path | None = None) -> Network:
+        """The network of a name, None for the usual one, for the data in a folder.
 
         Raises:
             ValueError: If there is no such network.
+            FileNotFoundError: If its size rests on data that is missing.
         """
         known = self.networks.get(self.usual if name is None else name)
         if known is None:
             raise ValueError(f"{self.name} has no --model {name}. It has {', '.join(self.networks)}.")
-        return known
+        return self.fitted(known, data_dir)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ from rankfall.recipes._recipe import Network, Recipe
 
 _ALL = (digits.RECIPE, mnist.RECIPE, cifar10.RECIPE, imdb.RECIPE, imdb.TRANSFORMER, criteo.RECIPE)
 RECIPES = {recipe.name: recipe for recipe in _ALL}
+_ADAM = 4  # Of each parameter, its gradient and two moments are kept beside it.
 _TEST_BATCHES = 8  # Batches of training that one forward pass takes when the test set is measured.
 
 
@@ -51,7 +53,7 @@ def train(options: TrainOptions, *, progress: bool = True) -> tuple[RunFolder, n
     """
     options.check()
     recipe = RECIPES[options.recipe]
-    network = recipe.network(options.model)
+    network = recipe.network(options.model, options.data_dir)
     folder = RunFolder(options)
     folder.check()
     random.seed(options.seed)
@@ -65,7 +67,7 @@ def train(options: TrainOptions, *, progress: bool = True) -> tuple[RunFolder, n
     folder.write_history(history)  # A run killed between its last checkpoint and the record of it lacks that one.
     save(model, folder.model)
     draw(history, folder.picture)
-    metrics = _metrics(options, model, history) | data.known
+    metrics = _metrics(options, model, history) | dict(data.known)
     folder.write("metrics.json", metrics)
     for phase in _phases(network, options):
         (folder.path / phase.checkpoint).unlink(missing_ok=True)
@@ -84,6 +86,8 @@ def load_data(recipe: Recipe, options: TrainOptions) -> Data:
     if options.synthetic:
         if recipe.made_up is None:
             raise ValueError(f"--synthetic is for criteo, and {recipe.name} has no made-up rows. Leave it out.")
+        if options.data_dir is not None:
+            raise ValueError("--synthetic makes rows up, and --data-dir reads them. Pass one of the two.")
         return recipe.made_up(options.limit)
     return recipe.load(options.data_dir).limited(options.limit).cut(options.length or recipe.length)
 
@@ -96,7 +100,22 @@ def build_model(network: Network, options: TrainOptions) -> nn.Module:
     model = network.make()
     if isinstance(options.make_posterior(), MeanField):
         _without_dropout(model)
-    return model if options.starts_dense else to_format(model, network, options)
+    return _in_memory(model) if options.starts_dense else to_format(model, network, options)
+
+
+def _in_memory(model: nn.Module) -> nn.Module:
+    """Gives what a network holds without memory its first values, if they and what Adam keeps of them fit."""
+    absent = [module for module in model.modules() if any(p.is_meta for p in module.parameters(recurse=False))]
+    needed = _ADAM * sum(p.nbytes for module in absent for p in module.parameters(recurse=False))
+    if needed > (free := psutil.virtual_memory().available):
+        raise ValueError(
+            f"the dense network needs {needed / 1e9:,.1f} GB with gradients and Adam's moments, and {free / 1e9:,.1f} "
+            "GB are free. Train it with another --method."
+        )
+    for module in absent:
+        module.to_empty(device=torch.get_default_device(), recurse=False)
+        module.reset_parameters()  # pyright: ignore
+    return model
 
 
 def _without_dropout(model: nn.Module) -> None:
@@ -111,7 +130,13 @@ def _without_dropout(model: nn.Module) -> None:
 def to_format(model: nn.Module, network: Network, options: TrainOptions, *, from_dense: bool = False) -> nn.Module:
     """Brings the weights of a recipe's network into the chosen format, in place; afresh, or as they are."""
     rank = network.max_rank if options.max_rank is None else options.max_rank
-    convert = partial(tensorize_, prior=options.make_prior(), posterior=options.make_posterior(), from_dense=from_dense)
+    convert = partial(
+        tensorize_,
+        prior=options.make_prior(),
+        posterior=options.make_posterior(),
+        from_dense=from_dense,
+        device=torch.get_default_device(),
+    )
     modes = network.modes if options.format == "ttm" else {}
     for path, of_layer in modes.items():
         held = make_format(options.format, rank, of_layer)

@@ -1,13 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Clicks on advertisements: DLRM with 26 tables, on prepared rows of Criteo's data or on made-up ones of full size."""
 
+import json
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from rankfall.recipes._clicks import Truth, make_clicks
-from rankfall.recipes._data import Data
+from rankfall.recipes._data import Data, Rows
 from rankfall.recipes._metrics import click_figures
+from rankfall.recipes._optional import polars
+from rankfall.recipes._prepare import INDEX
 from rankfall.recipes._recipe import Network, Recipe
 from rankfall.recipes._recommender import KAGGLE_SIZES, Recommender, table_modes
 
@@ -17,7 +24,49 @@ _TRAIN_SEED, _TEST_SEED = 0, 1
 
 
 def _load(data_dir: Path | None) -> Data:
-    raise ValueError("criteo has no rows of its own. Pass --synthetic for made-up ones of full size.")
+    if data_dir is None:
+        raise FileNotFoundError(
+            "criteo needs --synthetic, or --data-dir with what `rankfall prepare criteo train.txt --out DIR` has made."
+        )
+    index = read_index(data_dir)
+    files = index["files"]
+    return Data(_rows(data_dir, files["train"]), _rows(data_dir, files["test"]), clicks=True)
+
+
+def read_index(data_dir: Path) -> dict[str, Any]:
+    """What the preparation has noted of its rows: files, rows and how many rows each table needs.
+
+    Raises:
+        FileNotFoundError: If the folder has not been prepared, or not to the end.
+        ValueError: If the note is damaged.
+    """
+    path = data_dir / INDEX
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}. Make it by `rankfall prepare criteo train.txt --out {data_dir}`.")
+    try:
+        index = json.loads(path.read_text())
+        complete = {"files", "rows", "sizes"} <= set(index)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error}. Prepare the rows again.") from error
+    if not complete:
+        raise ValueError(f"{path} is damaged: files, rows or sizes are missing. Prepare the rows again.")
+    return index
+
+
+def _rows(folder: Path, files: Sequence[str]) -> Rows:
+    parts = [_read(folder / name) for name in files]
+    return torch.cat([rows for rows, _ in parts]), torch.cat([labels for _, labels in parts])
+
+
+def _read(path: Path) -> Rows:
+    pl = polars()
+    try:
+        frame = pl.read_parquet(path)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{path} is missing or damaged: {reason}. Prepare the rows again.") from error
+    labels = torch.from_numpy(frame["label"].to_numpy().astype("int64"))
+    return torch.from_numpy(frame.drop("label").to_numpy().astype("int32")), labels
 
 
 def _made_up(rows: int | None) -> Data:
@@ -41,4 +90,9 @@ def _of_sizes(network: Network, sizes: tuple[int, ...]) -> Network:
 
 _DLRM = Network(Recommender, epochs=10, batch_size=1024, lr=1e-3, max_rank=6, kl_warmup=2, test_examples=16_384)
 
-RECIPE = Recipe("criteo", _load, {"dlrm": _of_sizes(_DLRM, KAGGLE_SIZES)}, made_up=_made_up)
+
+def _fitted(network: Network, data_dir: Path | None) -> Network:
+    return _of_sizes(network, KAGGLE_SIZES if data_dir is None else tuple(read_index(data_dir)["sizes"]))
+
+
+RECIPE = Recipe("criteo", _load, {"dlrm": _DLRM}, made_up=_made_up, fitted=_fitted)
