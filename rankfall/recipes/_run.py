@@ -184,7 +184,7 @@ def _fit(
             model,
             data.batches(network.batch_size),
             partial(_cross_entropy, precision=options.precision),
-            optimizer=torch.optim.Adam(parameter_groups(model, network.lr)),
+            optimizer=torch.optim.Adam(parameter_groups(model, network.lr), fused=True),
             epochs=phase.epochs,
             num_data=len(data.train[0]),
             beta=options.beta if options.shrinks else 0.0,
