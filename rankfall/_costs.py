@@ -2,6 +2,7 @@
 """What a tensorized model will cost, counted before it is trained."""
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,12 +15,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from rankfall._conversions import conversion_of
-from rankfall._einsum import shapes_of
+from rankfall._einsum import cost_of, rounded, shapes_of
 from rankfall._formats import Format
-from rankfall._matmul import linear_way
+from rankfall._lookup import reading
+from rankfall._machine import machine
+from rankfall._matmul import linear_way, linear_ways
 from rankfall._summary import Summary, summary
 from rankfall._tensorize import tensorize_
-from rankfall.nn import Linear
+from rankfall.nn import Embedding, Linear
 
 _COPIES, _BYTES = 4, 4  # Adam keeps a parameter, its gradient and two moments, four bytes each in float32.
 
@@ -34,11 +37,17 @@ class LayerCosts:
         path: Path of the layer.
         flops: Multiplications and additions of one batch, as they are planned.
         dense_flops: The same by the dense layer.
+        way: How it is done, for linear layers and embeddings: what their planners choose at these ranks.
+        seconds: What the planner expects its forward pass to take on this computer; None without a way.
+        dense_seconds: The same of the dense layer.
     """
 
     path: str
     flops: int
     dense_flops: int
+    way: str | None = None
+    seconds: float | None = None
+    dense_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +73,11 @@ class Costs:
     def __str__(self) -> str:
         lines = [str(self.counts)]
         if self.layers:
-            lines += ["", f"forward pass of {self.batch}, in millions of operations:", *self._table()]
+            lines += [
+                "",
+                f"forward pass of {self.batch}, in millions of operations, and the time expected:",
+                *self._table(),
+            ]
         if not self.complete:
             lines += [
                 "",
@@ -81,10 +94,15 @@ class Costs:
     def _table(self) -> list[str]:
         names = [layer.path or "(root)" for layer in self.layers]
         width = max(map(len, names))
-        return [
-            f"  {name:<{width}}  {layer.flops / 1e6:>10,.1f}  dense {layer.dense_flops / 1e6:>10,.1f}"
-            for name, layer in zip(names, self.layers, strict=True)
-        ]
+        return [f"  {name:<{width}}  {_line(layer)}" for name, layer in zip(names, self.layers, strict=True)]
+
+
+def _line(layer: LayerCosts) -> str:
+    counted = f"{layer.flops / 1e6:>10,.1f}  dense {layer.dense_flops / 1e6:>10,.1f}"
+    if layer.seconds is None or layer.dense_seconds is None:
+        return counted
+    times = f"{1e3 * layer.seconds:>8,.2f} ms  dense {1e3 * layer.dense_seconds:>8,.2f} ms"
+    return f"{counted}  {times}  {layer.way}"
 
 
 def costs(model: nn.Module, format: Format, *, batch_size: int = 128, example: Example | None = None) -> Costs:
@@ -111,7 +129,12 @@ def costs(model: nn.Module, format: Format, *, batch_size: int = 128, example: E
     compact = tensorize_(copy.deepcopy(dense), format)
     count = partial(_planned, batch_size=batch_size) if example is None else partial(_counted, example=example)
     before, after = count(dense), count(compact)
-    layers = tuple(LayerCosts(path, after[path], before[path]) for path in paths if path in after and path in before)
+    ways = _ways_of_rows(compact, batch_size) if example is None else _ways_of_example(compact, example)
+    layers = tuple(
+        _layer_costs(path, after[path], before[path], ways.get(path))
+        for path in paths
+        if path in after and path in before
+    )
     counts, size = summary(compact), _COPIES * _BYTES
     return Costs(
         f"{batch_size} rows by linear layers" if example is None else "the example",
@@ -133,6 +156,55 @@ def _planned(model: nn.Module, batch_size: int) -> dict[str, int]:
         elif type(layer) is nn.Linear:
             found[path] = 2 * batch_size * layer.in_features * layer.out_features
     return found
+
+
+_Chosen: TypeAlias = tuple[str, int, int]  # (what is done, its cost and that of the dense layer in operations)
+
+
+def _layer_costs(path: str, flops: int, dense_flops: int, chosen: _Chosen | None) -> LayerCosts:
+    if chosen is None:
+        return LayerCosts(path, flops, dense_flops)
+    way, cost, dense_cost = chosen
+    return LayerCosts(path, flops, dense_flops, way, cost / machine().flops, dense_cost / machine().flops)
+
+
+def _ways_of_rows(model: nn.Module, rows: int) -> dict[str, _Chosen]:
+    return {path: _of_linear(layer, rows) for path, layer in model.named_modules() if isinstance(layer, Linear)}
+
+
+def _ways_of_example(model: nn.Module, example: Example) -> dict[str, _Chosen]:
+    """What linear layers and embeddings choose for the inputs that reach them."""
+    found: dict[str, _Chosen] = {}
+
+    def look(layer: nn.Module, inputs: Example, *, path: str) -> None:
+        if isinstance(layer, Linear):
+            found[path] = _of_linear(layer, math.prod(inputs[0].shape[:-1]))
+        elif isinstance(layer, Embedding):
+            found[path] = _of_embedding(layer, inputs[0].numel())
+
+    handles = [layer.register_forward_pre_hook(partial(look, path=path)) for path, layer in model.named_modules()]
+    try:
+        with torch.no_grad():
+            model(*example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _of_linear(layer: Linear, rows: int) -> _Chosen:
+    layout, shapes = layer.weight.layout, shapes_of(layer.weight.factors)
+    chosen = linear_way(layout, shapes, rounded(rows))
+    # Choices are made for a rounded number of rows; what this one costs is said for the true number.
+    way = next(w for w in linear_ways(layout, shapes, rows) if w.is_like(chosen))
+    out, width = layout.shape
+    return way.described(layout), way.cost, cost_of(2 * rows * out * width, out * width + rows * (out + width))
+
+
+def _of_embedding(layer: Embedding, ids: int) -> _Chosen:
+    layout, shapes = layer.weight.layout, shapes_of(layer.weight.factors)
+    way = reading(layout, shapes, rounded(ids), rounded(ids))
+    return way.described(), way.cost, cost_of(0, 2 * ids * layout.shape[1])
 
 
 def _counted(model: nn.Module, example: Example) -> Mapping[str, int]:

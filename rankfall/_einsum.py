@@ -11,15 +11,14 @@ import opt_einsum
 import torch
 from torch import Tensor
 
+from rankfall._machine import machine, on_change
+
 Axes: TypeAlias = tuple[str, ...]
 Shapes: TypeAlias = tuple[tuple[int, ...], ...]
 
 BATCH = "..."
 """The name of any number of leading dimensions; at most one tensor of a network carries it, in front."""
 
-# One float32 moved costs about as much as this many floating-point operations on a current CPU core
-# (some 100 GFLOP/s beside 40 GB/s); it keeps the planner from orders that save arithmetic and lose it to copies.
-_FLOPS_PER_ELEMENT_MOVED = 10
 # The exact search takes milliseconds up to here, and seconds for networks of twice as many tensors.
 _MOST_PLANNED_EXACTLY = 16
 
@@ -45,8 +44,11 @@ class Plan:
 
 
 def cost_of(flops: int, elements: int) -> int:
-    """The time of so many operations and of so many elements read or written, in floating-point operations."""
-    return flops + _FLOPS_PER_ELEMENT_MOVED * elements
+    """The time of so many operations and of so many elements read or written, in floating-point operations.
+
+    It keeps planners from orders that save arithmetic and lose it to copies.
+    """
+    return flops + machine().flops_per_element * elements
 
 
 _Planner = TypeVar("_Planner", bound=Callable[..., object])
@@ -55,6 +57,7 @@ _Planner = TypeVar("_Planner", bound=Callable[..., object])
 def planned_once(planner: _Planner) -> _Planner:
     """A planner whose results are kept, and are constants of a graph that torch.compile makes for given sizes."""
     kept = lru_cache(maxsize=4096)(planner)
+    on_change(kept.cache_clear)
 
     @wraps(planner)
     def constant(*arguments: Any) -> object:  # noqa: ANN401  those of any planner
@@ -88,7 +91,7 @@ def _order(inputs: Sequence[Axes], output: Axes, sizes: dict[str, int]) -> list[
     symbol = {name: opt_einsum.get_symbol(k) for k, name in enumerate(sizes)}
     spelled = ["".join(symbol[n] for n in axes) for axes in (*inputs, output)]
     shapes = [tuple(max(1, sizes[n]) for n in axes) for axes in inputs]
-    exact = opt_einsum.DynamicProgramming(minimize=f"combo-{_FLOPS_PER_ELEMENT_MOVED}")
+    exact = opt_einsum.DynamicProgramming(minimize=f"combo-{machine().flops_per_element}")
     search = exact if len(inputs) <= _MOST_PLANNED_EXACTLY else "greedy"
     path, _ = opt_einsum.contract_path(
         ",".join(spelled[:-1]) + "->" + spelled[-1], *shapes, shapes=True, optimize=search

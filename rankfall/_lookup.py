@@ -71,6 +71,11 @@ class Reading:
     bond: int
     cost: int
 
+    def described(self) -> str:
+        """The way in words."""
+        read = "a table of all rows" if self.forms_table else "the distinct rows"
+        return read if self.pair is None else f"{read} of one half, times the other"
+
 
 @planned_once
 def reading(layout: Layout, shapes: Shapes, ids: int, outputs: int) -> Reading:

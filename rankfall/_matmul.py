@@ -57,6 +57,16 @@ class Way:
         """Time, in floating-point operations."""
         return cost_of(round(self.slower * self.flops) + _CALL * self.calls, self.elements)
 
+    def is_like(self, other: "Way") -> bool:
+        """Whether it is the same way, for another number of vectors."""
+        return (self.kind, self.bond, self.right_first) == (other.kind, other.bond, other.right_first)
+
+    def described(self, layout: Layout) -> str:
+        """The way in words."""
+        cut = f"in two parts, cut at {layout.bonds[self.bond]}" if self.kind == "cut" else ""
+        words = {"formed": "by the formed weight", "halves": "by two thin matrices", "steps": "factor by factor"}
+        return words.get(self.kind, cut)
+
 
 _CALL = 80_000  # Operations in the time that one product of a batched product takes to get going.
 _COPIES = 3  # What a step reads or writes is also brought into the order of axes that its product wants.

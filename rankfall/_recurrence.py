@@ -102,7 +102,7 @@ class LSTMSteps(torch.autograd.Function):
         by_step = zip(*(piece.split(clock.sizes, 1) for piece in pieces), states.steps, cells.steps, strict=True)
         for g_all, i, f, g, o, i_and_f, h_next, c_next in by_step:
             n = h_next.shape[1]
-            g_all.baddbmm_(h[:, :n], turned)
+            torch.baddbmm(g_all, h[:, :n], turned, out=g_all)  # In place would be hidden from counters.
             i_and_f.sigmoid_()
             torch.mul(f, c[:, :n], out=c_next)
             c_next.addcmul_(i, g.tanh_())
@@ -199,7 +199,7 @@ class GRUSteps(torch.autograd.Function):
             torch.add(h, out, out=kept)
             by_gate.mul_(kept.unsqueeze(2))
             torch.mul(kept, z_now, out=h)
-            h.baddbmm_(d_product, recurrent)
+            torch.baddbmm(h, d_product, recurrent, out=h)
         d_recurrent = slopes.transpose(1, 2) @ past if ctx.needs_input_grad[0] else None
         d_bias = slopes.sum(1, keepdim=True) if ctx.needs_input_grad[1] else None
         # The projected inputs stand outside of the product that r multiplies.

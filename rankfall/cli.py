@@ -14,6 +14,7 @@ from rich.table import Column, Table
 from torch import nn
 
 from rankfall._costs import Example, costs
+from rankfall._machine import calibrate
 from rankfall._pages import keep_pages
 from rankfall._summary import summary
 from rankfall.recipes._compare import CompareOptions, compare
@@ -49,6 +50,8 @@ class PlanOptions:
     """Rank of every bond at the start."""
     batch_size: int = 128
     """Rows per batch, for the count of operations of linear layers without an example."""
+    calibrate: bool = False
+    """Measure again how fast this computer is; it is done once, in less than a second, and kept in the user's cache."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -64,6 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         args=arguments,
     )
     keep_pages()
+    if not isinstance(options, PrepareOptions):
+        calibrate(anew=isinstance(options, PlanOptions) and options.calibrate)
     command, goes_on = _COMMANDS[type(options)]
     try:
         command(options)

@@ -1,14 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
 import rankfall as rf
+from rankfall import _machine
 
 pytest.register_assert_rewrite("laws")
 torch.set_num_threads(1)
+
+# Plans rest on how fast a machine is; tests reckon with the usual figures, and leave the user's cache alone.
+_cache = tempfile.TemporaryDirectory()
+os.environ["XDG_CACHE_HOME"] = _cache.name
+_machine.keep(_machine.USUAL)
 
 # A new format is one line here; every law then holds for it, or its tests fail.
 FORMATS = [

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How fast this computer does what planners count: the usual figures, or those that were measured and kept."""
+
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from rankfall._files import write_atomic
+
+_MOST_UNUSUAL = 8.0  # A figure that is further from the usual one than this was measured beside something else.
+_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Figures of one CPU and number of threads, float32.
+
+    Attributes:
+        flops: Operations per second of one large matrix product.
+        elements: Numbers per second that a large copy reads or writes.
+    """
+
+    flops: float = 70e9
+    elements: float = 7e9
+
+    @property
+    def flops_per_element(self) -> int:
+        """How many operations take as long as moving one number, at least 1."""
+        return max(1, round(self.flops / self.elements))
+
+
+USUAL = Machine()
+
+
+class _Known:
+    """The machine that planners reckon with; read from the cache when it is first asked for."""
+
+    def __init__(self) -> None:
+        self.machine: Machine | None = None
+        self.watchers: list[Callable[[], object]] = []
+
+
+_known = _Known()
+
+
+def on_change(forget: Callable[[], object]) -> None:
+    """Has a function called when the figures change, so that plans made by the old ones are forgotten."""
+    _known.watchers.append(forget)
+
+
+def machine() -> Machine:
+    """The figures to plan with: measured ones if `calibrate` has ever run here with as many threads, else the usual."""
+    if _known.machine is None:
+        _known.machine = _read() or USUAL
+    return _known.machine
+
+
+def use(found: Machine | None) -> None:
+    """Plans with these figures from now on in this process; None for those of the cache, or the usual ones."""
+    before, _known.machine = _known.machine, found
+    if before == found:
+        return
+    for forget in _known.watchers:
+        forget()
+
+
+def calibrate(*, anew: bool = False) -> Machine:
+    """Measures this computer in less than a second, keeps the figures in the user's cache, and plans with them.
+
+    Args:
+        anew: Whether figures that are kept already are measured again.
+    """
+    found = None if anew else _read()
+    if found is None:
+        found = _measured()
+        with suppress(OSError):  # A home that cannot be written to: the figures hold for this process.
+            keep(found)
+    use(found)
+    return found
+
+
+def keep(found: Machine) -> None:
+    """Writes figures to the cache."""
+    path = cache_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = json.dumps({"of": _name(), **asdict(found)}, indent=2) + "\n"
+    write_atomic(path, lambda p: p.write_text(content))
+
+
+def cache_path() -> Path:
+    """Where figures are kept: machine-THREADS.json in the folder rankfall of XDG_CACHE_HOME, or of ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "rankfall" / f"machine-{torch.get_num_threads()}.json"
+
+
+def _name() -> str:
+    return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
+
+
+def _read() -> Machine | None:
+    try:
+        kept = json.loads(cache_path().read_text())
+        if kept.pop("of") != _name():
+            return None  # A home that several machines share, or another version of torch.
+        found = Machine(**{name: float(value) for name, value in kept.items()})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError):
+        return None
+    return found if math.isfinite(found.flops + found.elements) and _plausible(found) == found else None
+
+
+def _plausible(found: Machine) -> Machine:
+    usual = asdict(USUAL)
+    bounds = {name: (value / _MOST_UNUSUAL, value * _MOST_UNUSUAL) for name, value in usual.items()}
+    return Machine(**{name: min(max(value, bounds[name][0]), bounds[name][1]) for name, value in asdict(found).items()})
+
+
+@torch.no_grad()
+def _measured() -> Machine:
+    a = torch.rand(768, 768)
+    flops = 2 * 768**3 / _seconds(lambda: a @ a)
+    many = torch.rand(1 << 23)
+    other = torch.empty_like(many)
+    elements = 2 * many.numel() / _seconds(lambda: other.copy_(many))
+    return _plausible(Machine(flops, elements))
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """The shortest of a few runs: what is measured is the machine, not what else it does."""
+    work()
+    taken = []
+    for _ in range(_ROUNDS):
+        started = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - started)
+    return min(taken)
