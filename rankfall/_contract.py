@@ -14,6 +14,8 @@ from rankfall._einsum import Axes, Plan, Shapes, contract, plan, planned_once, r
 from rankfall._formats import Layout
 
 SLOWER_IN_STEPS = 2
+_CALL = 80_000  # Operations in the time that one product of a batched product takes to get going.
+_NARROW = 32  # Columns of the right matrix at which each product of a batched product runs at half of its speed.
 """How much longer a contraction pair by pair takes than its operations say: batched products, and copies between."""
 
 
@@ -184,11 +186,19 @@ def _by_cut(layout: Layout, factors: Sequence[Tensor], bond: int) -> Tensor:
 
 def mixed(left: Float[Tensor, "p q"], right: Float[Tensor, "n q s"]) -> Float[Tensor, "n p s"]:
     """left @ right[k] for every k. Autograd alone would keep a gradient of `left` for each of them."""
+    if right.shape[2] == 1:
+        return (right.squeeze(2) @ left.T).unsqueeze(2)
     if torch.is_autocast_enabled(right.device.type):
         dtype = torch.get_autocast_dtype(right.device.type)
         left, right = left.to(dtype), right.to(dtype)
     value: Tensor = _Mixed.apply(left, right)  # pyright: ignore
     return value
+
+
+def effort_of_mixed(n: int, p: int, q: int, s: int) -> int:
+    """How many operations of one large product take as long as `mixed` on these sizes."""
+    flops = 2 * n * p * q * s
+    return flops if s == 1 else round(flops * (1 + _NARROW / max(s, 1))) + _CALL * n
 
 
 _WORTH_A_CALL = 1_000_000  # Operations of a product beside which the call of it costs little.
@@ -220,7 +230,8 @@ def _summed_products(a: Tensor, b: Tensor) -> Tensor:
     """The sum over i of a[i] @ b[i].T: one product of copies, unless each is large enough to be called alone."""
     if 2 * a.shape[1] * a.shape[2] * b.shape[1] > _WORTH_A_CALL:
         return torch.addbmm(a.new_zeros(a.shape[1], b.shape[1]), a, b.transpose(1, 2))
-    return a.transpose(0, 1).reshape(a.shape[1], -1) @ b.transpose(1, 2).reshape(-1, b.shape[1])
+    summed = a.shape[0] * a.shape[2]  # Spelled out, since a rank of zero leaves nothing to find it from.
+    return a.transpose(0, 1).reshape(a.shape[1], summed) @ b.transpose(1, 2).reshape(summed, b.shape[1])
 
 
 def squared_norm(layout: Layout, factors: Sequence[Tensor]) -> Float[Tensor, ""]:

@@ -11,10 +11,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rankfall import _contract
-from rankfall._contract import Halves, cut_at, halves, matrices, mixed, part_plan
+from rankfall._contract import Halves, cut_at, effort_of_mixed, halves, matrices, mixed, part_plan
 from rankfall._einsum import Axes, Plan, Shapes, contract, cost_of, plan, planned_once, rounded, run, shapes_of
 from rankfall._formats import Layout
 
+_SORTED = 3000  # Operations in the time that it takes to sort an id among others.
 _ROW = "row"  # The axis of the wanted rows, which all factors of row modes share.
 
 
@@ -99,6 +100,8 @@ def readings(layout: Layout, shapes: Shapes, ids: int, outputs: int) -> list[Rea
     def consider(forms: bool, pair: Halves | None, bond: int, before: Plan, row_width: int) -> None:
         # Read and written by each id; then, row by row or after the reduction, widened by a product.
         flops, elements = before.flops, before.elements + 2 * ids * row_width
+        if not forms:
+            flops += _SORTED * ids
         if pair is not None:
             flops += 2 * outputs * row_width * width
             elements += outputs * (row_width + width)
@@ -126,7 +129,10 @@ def _table_by_cut(layout: Layout, shapes: Shapes, bond: int) -> Plan:
         math.prod([math.prod(modes[part]) for modes in layout.modes]) * rank
         for part in (slice(bond + 1), slice(bond + 1, None))
     )
-    return Plan((), 2 * rows * width * rank + 2 * rank * (left + right), rows * width + 2 * (left + right))
+    before, after = (math.prod(modes) for modes in (layout.modes[1][: bond + 1], layout.modes[1][bond + 1 :]))
+    high, low = (math.prod(modes) for modes in (layout.modes[0][: bond + 1], layout.modes[0][bond + 1 :]))
+    effort = effort_of_mixed(low, high * before, rank, after)
+    return Plan((), effort + 2 * rank * (left + right), rows * width + 2 * (left + right))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,17 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from rankfall._contract import SLOWER_IN_STEPS, cut_at, dense, forming, halves, matrices, mixed, plan_of_halves
+from rankfall._contract import (
+    SLOWER_IN_STEPS,
+    cut_at,
+    dense,
+    effort_of_mixed,
+    forming,
+    halves,
+    matrices,
+    mixed,
+    plan_of_halves,
+)
 from rankfall._einsum import BATCH, Plan, Shapes, contract, cost_of, plan, planned_once, rounded, run, shapes_of
 from rankfall._formats import Layout
 
@@ -40,22 +50,20 @@ class Way:
         right_first: Whether the part to the right of the cut comes first.
         flops: Multiplications and additions.
         elements: Elements read and written.
-        slower: How much longer the operations take than those of one large product.
-        calls: Products of their own in batched products, each of which costs something by itself.
+        effort: Operations of one large product that take as long.
     """
 
     kind: Literal["formed", "halves", "cut", "steps"]
     flops: int
     elements: int
+    effort: int
     bond: int = 0
     right_first: bool = True
-    slower: float = 1
-    calls: int = 0
 
     @property
     def cost(self) -> int:
         """Time, in floating-point operations."""
-        return cost_of(round(self.slower * self.flops) + _CALL * self.calls, self.elements)
+        return cost_of(self.effort, self.elements)
 
     def is_like(self, other: "Way") -> bool:
         """Whether it is the same way, for another number of vectors."""
@@ -68,9 +76,7 @@ class Way:
         return words.get(self.kind, cut)
 
 
-_CALL = 80_000  # Operations in the time that one product of a batched product takes to get going.
 _COPIES = 3  # What a step reads or writes is also brought into the order of axes that its product wants.
-_NARROW = 32  # Columns of the right matrix at which each product of a batched product runs at half of its speed.
 
 
 @planned_once
@@ -93,7 +99,7 @@ def linear_ways(layout: Layout, shapes: Shapes, rows: int) -> list[Way]:
     ways = [
         _with_products("formed", formed, rows, (width, out)),
         # Orders that keep many axes apart are run by batched products and copies, which reach half of the speed.
-        Way("steps", steps.flops, _COPIES * steps.elements, slower=SLOWER_IN_STEPS),
+        Way("steps", steps.flops, _COPIES * steps.elements, SLOWER_IN_STEPS * steps.flops),
     ]
     pair = halves(layout, shapes)
     if pair is None:
@@ -109,7 +115,7 @@ def _with_products(kind: Literal["formed", "halves"], before: Plan, rows: int, w
     products = list(pairwise(widths))
     flops = before.flops + sum(2 * rows * a * b for a, b in products)
     elements = before.elements + sum(a * b + rows * (a + b) for a, b in products)
-    return Way(kind, flops, elements)
+    return Way(kind, flops, elements, flops)
 
 
 def _cut_way(layout: Layout, shapes: Shapes, rows: int, bond: int, right_first: bool) -> Way:
@@ -119,15 +125,15 @@ def _cut_way(layout: Layout, shapes: Shapes, rows: int, bond: int, right_first: 
     rank = layout.ranks(shapes)[layout.bonds[bond]]
     if right_first:
         middle = rows * in_left * rank * out_right
-        one, batched, columns = in_right, out_left, out_right
+        plain, mix = 2 * middle * in_right, effort_of_mixed(rows, out_left, in_left * rank, out_right)
     else:
         middle = rows * out_left * rank * in_right
-        one, batched, columns = out_right, in_left, in_right
-    flops = 2 * middle * (one + batched)
-    slower = (one + batched * (1 + _NARROW / columns)) / (one + batched)
+        plain, mix = 2 * middle * out_right, effort_of_mixed(rows, out_left * rank, in_left, in_right)
     parts = rank * (out_left * in_left + out_right * in_right)
     elements = rows * (in_left * in_right + out_left * out_right) + 2 * middle + 2 * parts
-    return Way("cut", flops + 2 * parts * rank, elements, bond, right_first, slower, calls=rows)
+    plain += 2 * parts * rank
+    counted = plain + 2 * middle * (out_left if right_first else in_left)
+    return Way("cut", counted, elements, plain + mix, bond, right_first)
 
 
 def linear(

@@ -78,6 +78,10 @@ class _Buffer:
         self.first, *self.steps = self.all.split([sequences, *clock.sizes], 1)
 
 
+# From the value of a sigmoid or a tanh; a step's numbers are still in the processor's cache, so step by step is best.
+_sigmoid_backward, _tanh_backward = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward
+
+
 class LSTMSteps(torch.autograd.Function):
     """(outputs, last h, last c) of apply(recurrent, h, c, clock, *projected); gates i, f, g, o as torch orders them.
 
@@ -97,51 +101,45 @@ class LSTMSteps(torch.autograd.Function):
         size = h.shape[2]
         gates, turned = torch.stack(projected), recurrent.transpose(1, 2)
         states, cells = _Buffer(h, clock), _Buffer(c, clock)
+        squashed = gates.new_empty(len(gates), clock.rows, size)
         h, c = states.first, cells.first
-        pieces = (gates, *(gates[..., k * size : (k + 1) * size] for k in range(4)), gates[..., : 2 * size])
+        pieces = (gates, *gates.split(size, 2), gates[..., : 2 * size], squashed)
         by_step = zip(*(piece.split(clock.sizes, 1) for piece in pieces), states.steps, cells.steps, strict=True)
-        for g_all, i, f, g, o, i_and_f, h_next, c_next in by_step:
+        for g_all, i, f, g, o, i_and_f, tanh_c, h_next, c_next in by_step:
             n = h_next.shape[1]
             torch.baddbmm(g_all, h[:, :n], turned, out=g_all)  # In place would be hidden from counters.
             i_and_f.sigmoid_()
             torch.mul(f, c[:, :n], out=c_next)
             c_next.addcmul_(i, g.tanh_())
-            torch.mul(o.sigmoid_(), c_next.tanh(), out=h_next)
+            torch.tanh(c_next, out=tanh_c)
+            torch.mul(o.sigmoid_(), tanh_c, out=h_next)
             h, c = h_next, c_next
         ctx.clock = clock
-        ctx.save_for_backward(recurrent, gates, states.all, cells.all)
+        ctx.save_for_backward(recurrent, gates, states.all, cells.all, squashed)
         return states.all[:, clock.sizes[0] :], clock.last(states.all), clock.last(cells.all)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_h: Tensor, d_c: Tensor) -> tuple[Any, ...]:  # noqa: ANN401  # pyright: ignore
-        recurrent, gates, states, cells = ctx.saved_tensors
+        recurrent, gates, states, cells, squashed = ctx.saved_tensors
         clock, size = ctx.clock, d_h.shape[2]
-        i, f, g, o = gates.split(size, 2)
-        now = cells[:, clock.sizes[0] :].tanh()
-        # What a change of h or c after a step means for c and the gates before their nonlinearity, all steps at once.
-        to_c = torch.addcmul(o, o * now, now, value=-1)
-        slopes = torch.empty_like(gates)
-        s_i, s_f, s_g, s_o = slopes.split(size, 2)
-        torch.mul(_slope(i), g, out=s_i)
-        torch.mul(_slope(f), clock.before(cells), out=s_f)
-        torch.addcmul(i, i * g, g, value=-1, out=s_g)
-        torch.mul(_slope(o), now, out=s_o)
-        d_h, d_c = d_h.clone(), d_c.clone()
-        by_three = slopes.unflatten(2, (4, size))[:, :, :3]
-        pieces = (d_out, to_c, f, slopes, by_three, s_o)
+        d_gates, d_h, d_c = torch.empty_like(gates), d_h.clone(), d_c.clone()
+        pieces = (d_out, *gates.split(size, 2), squashed, clock.before(cells), d_gates, *d_gates.split(size, 2))
         by_step = zip(*(piece.split(clock.sizes, 1) for piece in pieces), strict=True)
-        for out, to_c_now, f_now, d_gates, of_c, of_h in reversed(list(by_step)):
-            n = out.shape[1]
-            h, c = d_h[:, :n], d_c[:, :n]
+        for out, i, f, g, o, tanh_c, before, d_all, d_i, d_f, d_g, d_o in reversed(list(by_step)):
+            h, c = d_h[:, : out.shape[1]], d_c[:, : out.shape[1]]
             h.add_(out)
-            c.addcmul_(h, to_c_now)
-            of_c.mul_(c.unsqueeze(2))
-            of_h.mul_(h)
-            torch.bmm(d_gates, recurrent, out=h)
-            c.mul_(f_now)
-        d_recurrent = slopes.transpose(1, 2) @ clock.before(states) if ctx.needs_input_grad[0] else None
-        return d_recurrent, d_h, d_c, None, *slopes
+            c.add_(_tanh_backward(h * o, tanh_c))
+            _sigmoid_backward.grad_input(h * tanh_c, o, grad_input=d_o)
+            _sigmoid_backward.grad_input(c * g, i, grad_input=d_i)
+            _sigmoid_backward.grad_input(c * before, f, grad_input=d_f)
+            _tanh_backward.grad_input(c * i, g, grad_input=d_g)
+            _products(d_all, recurrent, h)
+            c.mul_(f)
+        d_recurrent = None
+        if ctx.needs_input_grad[0]:
+            d_recurrent = _products(d_gates.transpose(1, 2), clock.before(states), torch.empty_like(recurrent))
+        return d_recurrent, d_h, d_c, None, *d_gates
 
 
 class GRUSteps(torch.autograd.Function):
@@ -200,11 +198,20 @@ class GRUSteps(torch.autograd.Function):
             by_gate.mul_(kept.unsqueeze(2))
             torch.mul(kept, z_now, out=h)
             torch.baddbmm(h, d_product, recurrent, out=h)
-        d_recurrent = slopes.transpose(1, 2) @ past if ctx.needs_input_grad[0] else None
+        d_recurrent = None
+        if ctx.needs_input_grad[0]:
+            d_recurrent = _products(slopes.transpose(1, 2), past, torch.empty_like(recurrent))
         d_bias = slopes.sum(1, keepdim=True) if ctx.needs_input_grad[1] else None
         # The projected inputs stand outside of the product that r multiplies.
         torch.mul(to_n, d_states, out=s_n)
         return d_recurrent, d_bias, d_h, None, *slopes
+
+
+def _products(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """The product of each direction: one by one, since a batched product of two reaches a third of the speed."""
+    for a, b, c in zip(left, right, out, strict=True):
+        torch.mm(a, b, out=c)
+    return out
 
 
 def _slope(gate: Tensor) -> Tensor:

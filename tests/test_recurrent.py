@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
@@ -81,7 +81,7 @@ def sequences(*shape):
 
 
 @pytest.mark.parametrize(("ours", "theirs"), PAIRS)
-def test_it_is_torchs_layer_with_the_dense_weights(kind, ours, theirs):
+def test_it_is_torchs_layer_with_the_dense_weights(steps, kind, ours, theirs):
     x = sequences(5, 3, 6)
     check(*pair(ours, theirs, kind(3)), (x,), [x])
     check(*pair(ours, theirs, kind(3), num_layers=2, bidirectional=True, batch_first=True), (x,), [x])
@@ -89,7 +89,28 @@ def test_it_is_torchs_layer_with_the_dense_weights(kind, ours, theirs):
     check(*pair(ours, theirs, kind(3), bias=False), (alone,), [alone])
 
 
-@settings(max_examples=15, deadline=None)
+@pytest.fixture(params=["own steps", "torch's kernel"])
+def steps(request, monkeypatch):
+    """Which of the two does the steps; by itself a layer takes the faster one."""
+    own = request.param == "own steps"
+    monkeypatch.setattr(rf.nn.LSTM, "_is_worth_it", lambda *_: own)
+    monkeypatch.setattr(rf.nn.GRU, "_is_worth_it", lambda *_: own)
+
+
+def test_the_faster_steps_are_taken():
+    layer = rf.nn.LSTM(256, 128, format=rf.TTM(20))
+    even = torch.zeros(100, 4, 256)
+    uneven = pack_padded_sequence(even, torch.tensor([100, 100, 100, 99]))
+    assert not layer._steps_are_own(even, None)
+    assert not layer._steps_are_own(pack_padded_sequence(even, torch.full((4,), 100)), None)
+    assert layer._steps_are_own(uneven, None)
+    cheap = rf.nn.LSTM(256, 128, format=rf.TT(2))
+    assert cheap._steps_are_own(even, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not layer._steps_are_own(uneven, None)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     which=st.sampled_from(FORMATS),
     of=st.sampled_from(PAIRS),
@@ -98,17 +119,17 @@ def test_it_is_torchs_layer_with_the_dense_weights(kind, ours, theirs):
     first=st.booleans(),
     bias=st.booleans(),
     lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4),
-    ordered=st.booleans(),
 )
-def test_any_packed_sequence(which, of, layers, both, first, bias, lengths, ordered):
-    lengths = torch.tensor(sorted(lengths, reverse=True) if ordered else lengths)
+def test_any_packed_sequence(steps, which, of, layers, both, first, bias, lengths):
+    ordered = lengths == sorted(lengths, reverse=True)
+    lengths = torch.tensor(lengths)
     x = sequences(int(lengths.max()), len(lengths), 6)
     packed = pack_padded_sequence(x, lengths, enforce_sorted=ordered)
     options = {"num_layers": layers, "bidirectional": both, "batch_first": first, "bias": bias}
     check(*pair(*of, which(2), **options), (packed,), [x])
 
 
-def test_first_states(kind):
+def test_first_states(steps, kind):
     x, h, c = sequences(4, 3, 6), sequences(2, 3, 8), sequences(2, 3, 8)
     check(*pair(rf.nn.LSTM, nn.LSTM, kind(2), num_layers=2), (x, (h, c)), [x, h, c])
     check(*pair(rf.nn.GRU, nn.GRU, kind(2), num_layers=2), (x, h), [x, h])

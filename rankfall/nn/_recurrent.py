@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from rankfall._contract import dense
+from rankfall._einsum import rounded, shapes_of
 from rankfall._formats import Format
-from rankfall._matmul import linear
+from rankfall._matmul import linear, linear_way
 from rankfall._posteriors import Posterior
 from rankfall._priors import Prior
 from rankfall._recurrence import Clock, GRUSteps, LSTMSteps, mirrored
@@ -21,6 +22,8 @@ from rankfall.nn._formed import Formed, blocks_apart, others_of
 
 Sequences: TypeAlias = Tensor | PackedSequence
 
+
+_CHEAP_INPUTS = 0.5  # Of the dense work on inputs: torch's fused kernel takes a fifth less time for the steps.
 
 _Layer = TypeVar("_Layer", bound="_Recurrent")  # Not typing.Self: checkers of single methods refuse it.
 
@@ -155,7 +158,11 @@ class _Recurrent(Formed):
         return self._run(input, hx)
 
     def _steps_are_own(self, input: Sequences, hx: Any) -> bool:  # noqa: ANN401
-        """Whether the library's own steps run, faster than torch's on a CPU; what torch refuses is left to it."""
+        """Whether the library's own steps run, where they are faster than torch's; what torch refuses is left to it.
+
+        On a CPU torch has a fused kernel for sequences of equal length alone, and it takes no inputs that are
+        multiplied already, which at low ranks saves more than the kernel does.
+        """
         data = input.data if isinstance(input, PackedSequence) else input
         if data.device.type != "cpu" or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
             return False
@@ -165,7 +172,16 @@ class _Recurrent(Formed):
         states = () if hx is None else hx if isinstance(hx, tuple) else (hx,)
         shape, count = self._states_shape(input), 2 if self._dense is nn.LSTM else 1
         fit = all(isinstance(s, Tensor) and s.shape == shape and s.dtype == own for s in states)
-        return data.dtype == own and fit and len(states) in (0, count)
+        return data.dtype == own and fit and len(states) in (0, count) and self._is_worth_it(input)
+
+    def _is_worth_it(self, input: Sequences) -> bool:
+        if isinstance(input, PackedSequence) and int(input.batch_sizes[0]) != int(input.batch_sizes[-1]):
+            return True
+        data = input.data if isinstance(input, PackedSequence) else input
+        rows = rounded(math.prod(data.shape[:-1]))
+        tensors = [self._tensor(name) for name in self._weights if "_ih_" in name]
+        planned = sum(linear_way(t.layout, shapes_of(t.factors), rows).effort for t in tensors)
+        return planned < _CHEAP_INPUTS * sum(2 * rows * math.prod(t.shape) for t in tensors)
 
     def _states_shape(self, input: Sequences) -> tuple[int, ...]:
         like = self.like
