@@ -18,6 +18,7 @@ PLANTED_RANK = 2
 
 _CLICK_RATE = 0.2562  # Of Criteo's training rows.
 _SPREAD = 1.6  # Standard deviation of the planted log odds: an AUC of some 0.8 for who knows them.
+_PAIRS = 0.1  # Part of the variance of the log odds that pairs of tables account for.
 _EXPONENT = 1.05  # Of the frequencies of ids: the k-th most frequent one is worth k to the power of minus this.
 _CHUNK = 1 << 16  # Rows that are drawn at once, each chunk from a seed of its own.
 _SEEDS_APART = 1_000_003  # Chunks between the streams of two seeds; only the lower 32 bits of a seed count.
@@ -27,10 +28,15 @@ _TRUTH_SEED = 2010_08689
 class Truth(nn.Module):
     """Who clicks: log odds from planted tables, in products of pairs and one by one, as the model can say them.
 
-        log odds = a + b * (sum over i of <u, e_i> + sum over i < j of s_ij <e_i, e_j>),  e_0 = V log(1 + counts)
+        log odds = a + b * (sum over i of <u, e_i> + c * sum over i < j of s_ij <e_i, e_j>),  e_0 = V log(1 + counts)
 
-    The tables are TT-matrices of rank `PLANTED_RANK` in the modes of `table_modes`; a and b give the log odds a spread
-    of 1.6 and a click rate of 25.62 % over rows as `draw` makes them.
+    The tables are TT-matrices of rank `PLANTED_RANK` in the modes of `table_modes`. What the three digits of an id say
+    is added up, which has that rank in every bond:
+
+        e = x_1 (x) v_2 (x) v_3 + v_1 (x) x_2 (x) v_3 + v_1 (x) v_2 (x) x_3,  x_k by the k-th digit, v_k the same for all
+
+    a and b give the log odds a spread of 1.6 and a click rate of 25.62 % over rows as `draw` makes them, and c gives
+    the pairs a tenth of the variance.
 
     Args:
         sizes: Rows of each table.
@@ -43,31 +49,43 @@ class Truth(nn.Module):
             torch.manual_seed(_TRUTH_SEED)
             self.tables = nn.ModuleList(_planted(rows) for rows in sizes)
             self.of_counts = torch.randn(COUNTS, WIDTH) / math.sqrt(COUNTS)
-            self.alone = torch.randn(WIDTH, 1) * math.sqrt(len(sizes) / 2)
+            self.alone = torch.randn(WIDTH, 1)
             signs = torch.randint(0, 2, (len(sizes) + 1,) * 2) * 2.0 - 1.0
             self.signs = signs.tril(-1)
-            rows = draw(_CHUNK, self.sizes, torch.Generator().manual_seed(_TRUTH_SEED))
-            score = torch.cat([self._score(part) for part in rows.split(1 << 12)])
+            rows = draw(_CHUNK // 4, self.sizes, torch.Generator().manual_seed(_TRUTH_SEED))
+            alone, pairs = (torch.cat(c) for c in zip(*(self._scores(p) for p in rows.split(1 << 12)), strict=True))
+            self.of_pairs = math.sqrt(_PAIRS / (1 - _PAIRS)) * float(alone.std() / pairs.std())
+            score = alone + self.of_pairs * pairs
             self.scale = _SPREAD / float(score.std())
             self.shift = _shift_for(self.scale * score, _CLICK_RATE)
         self.requires_grad_(False).eval()
 
     def forward(self, rows: Int[Tensor, "n columns"]) -> Float[Tensor, " n"]:
         """The log odds of a click."""
-        return self.scale * self._score(rows) + self.shift
+        alone, pairs = self._scores(rows)
+        return self.scale * (alone + self.of_pairs * pairs) + self.shift
 
-    def _score(self, rows: Tensor) -> Tensor:
+    def _scores(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         counts = torch.log1p(rows[:, :COUNTS].clamp(min=0).float()) @ self.of_counts
         found = [table(ids) for table, ids in zip(self.tables, rows[:, COUNTS:].T, strict=True)]
         vectors = torch.stack([counts, *found], 1)
         products = (vectors * (self.signs @ vectors)).sum((1, 2))
-        return products + (vectors.sum(1) @ self.alone).squeeze(1)
+        return (vectors.sum(1) @ self.alone).squeeze(1), products
 
 
 def _planted(rows: int) -> Embedding:
     out_modes, in_modes = table_modes(rows)
     format = TTM(PLANTED_RANK, out_modes=out_modes, in_modes=in_modes)
-    return Embedding(rows, WIDTH, format=format, posterior=Point())
+    table = Embedding(rows, WIDTH, format=format, posterior=Point())
+    first, middle, last = table.weight.factors
+    if rows > WIDTH:
+        # [x v] [v 0; x v] [v; x], digit by digit.
+        first[:, :, 1] = torch.randn(first.shape[1])
+        middle[0, :, :, 0] = torch.randn(middle.shape[2])
+        middle[0, :, :, 1] = 0.0
+        middle[1, :, :, 1] = torch.randn(middle.shape[2])
+        last[0] = torch.randn(last.shape[2])
+    return table
 
 
 def _shift_for(log_odds: Tensor, rate: float) -> float:

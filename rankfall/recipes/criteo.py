@@ -88,7 +88,7 @@ def _of_sizes(network: Network, sizes: tuple[int, ...]) -> Network:
     return replace(network, make=partial(Recommender, sizes), modes=modes)
 
 
-_DLRM = Network(Recommender, epochs=10, batch_size=1024, lr=1e-3, max_rank=6, kl_warmup=2, test_examples=16_384)
+_DLRM = Network(Recommender, epochs=10, batch_size=1024, lr=2e-3, max_rank=4, kl_warmup=2, test_examples=16_384)
 
 
 def _fitted(network: Network, data_dir: Path | None) -> Network:
