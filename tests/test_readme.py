@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from criteo_files import click_lines
 from mnist_files import write_mnist
+from rankfall.recipes._prepare import PrepareOptions, prepare
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
@@ -44,6 +46,9 @@ def test_command(command: str, tmp_path: Path):
     """As it stands, on a few rows for two epochs where it trains."""
     (tmp_path / "my_net.py").write_text(MY_NET)
     write_mnist(tmp_path)
+    (tmp_path / "train.txt").write_text("\n".join(click_lines(100)))
+    if "--data-dir clicks" in command:
+        prepare(PrepareOptions("criteo", (tmp_path / "train.txt",), tmp_path / "clicks"), progress=False)
     short = " --epochs 2 --limit 300" if command.startswith("rankfall train") else ""
     folder = Path(sys.executable).parent
     environment = os.environ | {"MNIST": str(tmp_path), "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
