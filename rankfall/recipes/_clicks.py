@@ -33,7 +33,7 @@ class Truth(nn.Module):
     The tables are TT-matrices of rank `PLANTED_RANK` in the modes of `table_modes`. What the three digits of an id say
     is added up, which has that rank in every bond:
 
-        e = x_1 (x) v_2 (x) v_3 + v_1 (x) x_2 (x) v_3 + v_1 (x) v_2 (x) x_3,  x_k by the k-th digit, v_k the same for all
+        e = x_1 (x) v_2 (x) v_3 + v_1 (x) x_2 (x) v_3 + v_1 (x) v_2 (x) x_3,  x_k of digit k, v_k the same for all
 
     a and b give the log odds a spread of 1.6 and a click rate of 25.62 % over rows as `draw` makes them, and c gives
     the pairs a tenth of the variance.
