@@ -79,6 +79,9 @@ class Way:
 _COPIES = 3  # What a step reads or writes is also brought into the order of axes that its product wants.
 
 
+_LEAST_RANK = 16  # Thinner products take two to three times as long on a CPU, so zeros make up for what is missing.
+
+
 @planned_once
 def linear_way(layout: Layout, shapes: Shapes, rows: int) -> Way:
     """The cheapest way to multiply so many vectors by a matrix in factors; see `linear_ways`."""
@@ -106,7 +109,8 @@ def linear_ways(layout: Layout, shapes: Shapes, rows: int) -> list[Way]:
         ways += [_cut_way(layout, shapes, rows, k, right) for k in range(len(shapes) - 1) for right in (True, False)]
     else:
         rank = math.prod([layout.ranks(shapes)[bond] for bond in pair.joint])
-        ways.append(_with_products("halves", plan_of_halves(layout, shapes, pair), rows, (width, rank, out)))
+        thin = max(rank, _LEAST_RANK) if rank else 0
+        ways.append(_with_products("halves", plan_of_halves(layout, shapes, pair), rows, (width, thin, out)))
     return ways
 
 
@@ -157,6 +161,8 @@ def linear_by(way: Way, layout: Layout, factors: Sequence[Tensor], x: Tensor, bi
         assert pair is not None, "linear_way names only ways that the format has"
         a, b = matrices(layout, factors, pair)
         assert a is not None
+        if 0 < (missing := _LEAST_RANK - b.shape[0]) < _LEAST_RANK and x.device.type == "cpu":
+            a, b = F.pad(a, (0, missing)), F.pad(b, (0, 0, 0, missing))
         return F.linear(F.linear(x, b), a, bias)
     (out_features, in_features), (padded_out, padded_in) = layout.shape, layout.padded_shape
     if padded_in > in_features:

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the Bayesian part of a training step costs, and how a step gets faster as ranks fall.
+
+    python benchmarks/bayesian_part.py [mnist] [imdb] [criteo] [--rounds 20]
+
+A whole training step of a recipe (forward, backward, Adam) on rows of the right shape, on one thread: as it is, without
+the KL, and without KL and draws (the posterior means are used). The three take turns; medians of the rounds. Prior
+scales are part of the KL. Every network is measured at its start rank and at lower ones.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from _report import machine, table
+from torch import Tensor, nn
+
+import rankfall as rf
+from rankfall._pages import keep_pages
+from rankfall.recipes._clicks import draw
+from rankfall.recipes._options import TrainOptions
+from rankfall.recipes._recommender import KAGGLE_SIZES
+from rankfall.recipes._run import RECIPES, build_model
+
+_RANKS = {"mnist": (20, 10, 5, 2), "imdb": (8, 4, 2), "criteo": (8, 4, 2)}
+
+
+def _rows(recipe: str, count: int) -> Tensor:
+    if recipe == "mnist":
+        return torch.randn(count, 784)
+    if recipe == "imdb":
+        return torch.randint(1, 25_000, (count, 128))
+    return draw(count, KAGGLE_SIZES, torch.Generator().manual_seed(0))
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    keep_pages()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipes", nargs="*", default=list(_RANKS), choices=list(_RANKS))
+    parser.add_argument("--rounds", type=int, default=20)
+    options = parser.parse_args()
+    print(machine(1) + "\n")
+    rows = []
+    for recipe in options.recipes:
+        for rank in _RANKS[recipe]:
+            rows.append((recipe, rank, *_measured(recipe, rank, options.rounds)))
+            print(*rows[-1], flush=True)
+    heads = ("recipe", "ranks up to", "parameters", "step, ms", "KL, ms", "draws, ms", "share of both")
+    print("\n" + table(heads, rows))
+
+
+def _measured(recipe: str, rank: int, rounds: int) -> tuple[str, ...]:
+    torch.manual_seed(0)
+    network = RECIPES[recipe].network(None)
+    model = build_model(network, replace(TrainOptions(recipe), max_rank=rank))  # pyright: ignore[reportArgumentType]
+    optimizer = torch.optim.Adam(rf.parameter_groups(model, network.lr), fused=True)
+    x = _rows(recipe, network.batch_size)
+    y = torch.randint(0, 10 if recipe == "mnist" else 2, (len(x),))
+    tensors = [module for module in model.modules() if isinstance(module, rf.LowRankTensor)]
+
+    def step(has_kl: bool, draws: bool) -> None:
+        for tensor in tensors:
+            tensor.training = draws
+        loss = F.cross_entropy(model(x), y)
+        loss = loss + rf.kl(model) / 60_000 if has_kl else loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    whole, without_kl, plain = _medians(
+        [lambda: step(True, True), lambda: step(False, True), lambda: step(False, False)], rounds
+    )
+    share = f"{(whole - plain) / whole:.1%}"
+    times = (f"{ms:.2f}" for ms in (whole, whole - without_kl, without_kl - plain))
+    return f"{_count(model):,}", *times, share
+
+
+def _medians(works: list[Callable[[], None]], rounds: int) -> list[float]:
+    taken: list[list[float]] = [[] for _ in works]
+    for round_ in range(rounds + 2):
+        for work, times in zip(works, taken, strict=True):
+            started = time.perf_counter()
+            work()
+            if round_ >= 2:
+                times.append(1e3 * (time.perf_counter() - started))
+    return [statistics.median(times) for times in taken]
+
+
+def _count(model: nn.Module) -> int:
+    return rf.summary(model).parameters
+
+
+if __name__ == "__main__":
+    main()
