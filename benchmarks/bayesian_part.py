@@ -48,7 +48,7 @@ def main() -> None:
     rows = []
     for recipe in options.recipes:
         for rank in _RANKS[recipe]:
-            rows.append((recipe, rank, *_measured(recipe, rank, options.rounds)))
+            rows.append((recipe, str(rank), *_measured(recipe, rank, options.rounds)))
             print(*rows[-1], flush=True)
     heads = ("recipe", "ranks up to", "parameters", "step, ms", "KL, ms", "draws, ms", "share of both")
     print("\n" + table(heads, rows))

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A training step of the whole recommender of 4.3 billion parameters: rankfall beside dense tables.
+
+    python benchmarks/recommender.py [RIVAL ...] [--batch 512] [--rounds 30]
+
+Rows as `rankfall train criteo --synthetic` draws them; forward, backward and optimizer, float32, on one thread, each
+rival in a process of its own; medians. Rivals:
+
+    dense    all tables dense (17 GB) with sparse gradients and SGD, the two networks dense with Adam
+    five     the five largest tables as TT-matrices of rank 16 with Adam, all else as in `dense`
+    whole    every table and every weight as a TT-matrix at the start ranks of the recipe, MeanField and KL, Adam
+
+Dense tables hold one number everywhere: their speed does not depend on their content, and drawing it takes minutes.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from _report import machine, table
+from torch import Tensor, nn
+
+import rankfall as rf
+from rankfall._pages import keep_pages
+from rankfall.recipes._clicks import draw
+from rankfall.recipes._options import TrainOptions
+from rankfall.recipes._recommender import KAGGLE_SIZES, Recommender, table_modes
+from rankfall.recipes._run import RECIPES, build_model
+
+_LARGEST = sorted(range(len(KAGGLE_SIZES)), key=lambda k: -KAGGLE_SIZES[k])[:5]
+_RIVALS = ("dense", "five", "whole")
+_SETS = 8  # Batches that take turns.
+
+Step = Callable[[Tensor, Tensor], None]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("rivals", nargs="*", default=list(_RIVALS), choices=_RIVALS)
+    parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.alone:
+        print(json.dumps(_measured(options.rivals[0], options.batch, options.rounds)))
+        return
+    print(f"{machine(1)}; batches of {options.batch}\n")
+    rows = []
+    for rival in options.rivals:
+        numbers = ("--batch", str(options.batch), "--rounds", str(options.rounds))
+        command = [sys.executable, __file__, rival, *numbers, "--alone"]
+        found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        times = (f"{found[name]:.1f}" for name in ("median", "low", "high"))
+        rows.append((rival, *times, f"{1e3 * options.batch / found['median']:,.0f}", f"{found['resident'] / 1e9:.2f}"))
+        print(*rows[-1], flush=True)
+    heads = ("rival", "ms per step", "lower quartile", "upper quartile", "examples per second", "resident, GB")
+    print("\n" + table(heads, rows))
+
+
+def _measured(rival: str, batch: int, rounds: int) -> dict[str, float]:
+    torch.set_num_threads(1)
+    keep_pages()
+    torch.manual_seed(0)
+    step = _whole() if rival == "whole" else _with_dense_tables(_LARGEST if rival == "five" else [])
+    generator = torch.Generator().manual_seed(1)
+    rows = [draw(batch, KAGGLE_SIZES, generator) for _ in range(_SETS)]
+    labels = [torch.randint(0, 2, (batch,), generator=generator) for _ in range(_SETS)]
+    times = []
+    for k in range(rounds + 5):
+        started = time.perf_counter()
+        step(rows[k % _SETS], labels[k % _SETS])
+        times.append(1e3 * (time.perf_counter() - started))
+    low, median, high = statistics.quantiles(times[5:], n=4)
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+    return {"median": median, "low": low, "high": high, "resident": 1024 * int(line.split()[1])}
+
+
+def _whole() -> Step:
+    network = RECIPES["criteo"].network(None)
+    model = build_model(network, TrainOptions("criteo", synthetic=True))
+    optimizer = torch.optim.Adam(rf.parameter_groups(model, network.lr), fused=True)
+
+    def step(rows: Tensor, labels: Tensor) -> None:
+        loss = F.cross_entropy(model(rows), labels) + rf.kl(model) / 45e6
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def _with_dense_tables(compact: list[int]) -> Step:
+    model = Recommender()
+    for k in compact:
+        out_modes, in_modes = table_modes(KAGGLE_SIZES[k])
+        held = rf.TTM(16, out_modes=out_modes, in_modes=in_modes)
+        chosen = f"tables.{k}"
+        rf.tensorize_(
+            model, held, posterior=rf.Point(), filter_fn=lambda _, p, chosen=chosen: p == chosen, device="cpu"
+        )
+    dense = []
+    for k, rows in enumerate(KAGGLE_SIZES):
+        if k not in compact:
+            model.tables[k] = nn.Embedding(rows, 128, sparse=True, _weight=torch.full((rows, 128), 0.05))
+            dense += list(model.tables[k].parameters())
+    chosen_ids = {id(p) for p in dense}
+    others = [p for p in model.parameters() if id(p) not in chosen_ids]
+    optimizers = [torch.optim.SGD(dense, lr=0.1), torch.optim.Adam(others, lr=1e-3, fused=True)]
+
+    def step(rows: Tensor, labels: Tensor) -> None:
+        loss = F.cross_entropy(model(rows), labels)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+    return step
+
+
+if __name__ == "__main__":
+    main()
