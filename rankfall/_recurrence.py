@@ -9,12 +9,15 @@ the gradient of the weight is one product.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.utils.rnn import PackedSequence
+
+Sequences: TypeAlias = Tensor | PackedSequence
 
 
 @dataclass(frozen=True)
@@ -82,13 +85,45 @@ class _Buffer:
 _sigmoid_backward, _tanh_backward = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward
 
 
-class LSTMSteps(torch.autograd.Function):
-    """(outputs, last h, last c) of apply(recurrent, h, c, clock, *projected); gates i, f, g, o as torch orders them.
+def lstm_steps(
+    recurrent: Float[Tensor, "directions gates size"],
+    h: Float[Tensor, "directions sequences size"],
+    c: Float[Tensor, "directions sequences size"],
+    clock: Clock,
+    projected: Sequence[Float[Tensor, "rows gates"]],
+) -> tuple[Float[Tensor, "directions rows size"], Tensor, Tensor]:
+    """(outputs, last h, last c) of all directions of a layer; gates i, f, g, o as torch orders them.
 
-    Shapes: recurrent (directions, 4 size, size); h and c (directions, sequences, size); projected, one per direction,
-    (rows, 4 size): W_ih x and both biases. Outputs have shape (directions, rows, size).
+    Args:
+        recurrent: The recurrent weight of each direction, 4 size x size.
+        h: The first outputs.
+        c: The first cells.
+        clock: Which rows belong to which step.
+        projected: For each direction W_ih x and both biases, in the order in which it reads.
     """
+    return _LSTMSteps.apply(recurrent, h, c, clock, *projected)  # pyright: ignore
 
+
+def gru_steps(
+    recurrent: Float[Tensor, "directions gates size"],
+    bias: Float[Tensor, "directions 1 gates"],
+    h: Float[Tensor, "directions sequences size"],
+    clock: Clock,
+    projected: Sequence[Float[Tensor, "rows gates"]],
+) -> tuple[Float[Tensor, "directions rows size"], Tensor]:
+    """(outputs, last h) of all directions of a layer; gates r, z, n as torch orders them.
+
+    Args:
+        recurrent: The recurrent weight of each direction, 3 size x size.
+        bias: That of the recurrent product, which r multiplies in the third gate.
+        h: The first outputs.
+        clock: Which rows belong to which step.
+        projected: For each direction W_ih x and its bias, in the order in which it reads.
+    """
+    return _GRUSteps.apply(recurrent, bias, h, clock, *projected)  # pyright: ignore
+
+
+class _LSTMSteps(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,  # noqa: ANN401
@@ -142,13 +177,7 @@ class LSTMSteps(torch.autograd.Function):
         return d_recurrent, d_h, d_c, None, *d_gates
 
 
-class GRUSteps(torch.autograd.Function):
-    """(outputs, last h) of apply(recurrent, bias, h, clock, *projected); gates r, z, n as torch orders them.
-
-    Shapes as for `LSTMSteps`, with three gates; bias (directions, 1, 3 size) is that of the recurrent product, which r
-    multiplies in the third gate.
-    """
-
+class _GRUSteps(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,  # noqa: ANN401
@@ -222,3 +251,19 @@ def _slope(gate: Tensor) -> Tensor:
 def mirrored(values: Sequence[Tensor], clock: Clock) -> list[Tensor]:
     """Rows of the second direction read from the end of each sequence; the first direction is as it is."""
     return [v.index_select(0, clock.mirror) if k else v for k, v in enumerate(values)]
+
+
+def rows_of(input: Sequences, batch_first: bool) -> tuple[Tensor, Clock]:
+    """The inputs step by step, shape (rows, width), and how many sequences each step has."""
+    if isinstance(input, PackedSequence):
+        return input.data, Clock(tuple(input.batch_sizes.tolist()))
+    steps = input.unsqueeze(1) if input.dim() == 2 else input.transpose(0, 1) if batch_first else input
+    return steps.flatten(0, 1), Clock((steps.shape[1],) * steps.shape[0])
+
+
+def as_given(input: Sequences, data: Tensor, clock: Clock, batch_first: bool) -> Sequences:
+    """Rows as sequences of the kind that came in."""
+    if isinstance(input, PackedSequence):
+        return PackedSequence(data, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
+    steps = data.unflatten(0, (len(clock.sizes), clock.sizes[0]))
+    return steps.squeeze(1) if input.dim() == 2 else steps.transpose(0, 1) if batch_first else steps

@@ -3,7 +3,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, TypeAlias, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +16,9 @@ from rankfall._formats import Format
 from rankfall._matmul import linear, linear_way
 from rankfall._posteriors import Posterior
 from rankfall._priors import Prior
-from rankfall._recurrence import Clock, GRUSteps, LSTMSteps, mirrored
+from rankfall._recurrence import Clock, Sequences, as_given, gru_steps, lstm_steps, mirrored, rows_of
 from rankfall._tensor import LowRankTensor
 from rankfall.nn._formed import Formed, blocks_apart, others_of
-
-Sequences: TypeAlias = Tensor | PackedSequence
-
 
 _CHEAP_INPUTS = 0.5  # Of the dense work on inputs: torch's fused kernel takes a fifth less time for the steps.
 
@@ -194,7 +191,7 @@ class _Recurrent(Formed):
 
     def _through_time(self, input: Sequences, hx: Any) -> tuple[Sequences, Any]:  # noqa: ANN401
         like, is_alone = self.like, not isinstance(input, PackedSequence) and input.dim() == 2
-        data, clock = _rows_of(input, like.batch_first)
+        data, clock = rows_of(input, like.batch_first)
         given = hx if isinstance(hx, tuple) else (hx,) * (hx is not None)
         if is_alone:
             given = [state.unsqueeze(1) for state in given]
@@ -218,7 +215,7 @@ class _Recurrent(Formed):
             final = [state.squeeze(1) for state in final]
         elif isinstance(input, PackedSequence) and input.unsorted_indices is not None:
             final = [state.index_select(1, input.unsorted_indices) for state in final]
-        return _as_given(input, data, clock, like.batch_first), tuple(final) if len(final) > 1 else final[0]
+        return as_given(input, data, clock, like.batch_first), tuple(final) if len(final) > 1 else final[0]
 
     def _steps(
         self,
@@ -327,12 +324,12 @@ class LSTM(_Recurrent):
         states: Sequence[Tensor],
         clock: Clock,
     ) -> tuple[Tensor, ...]:
-        projected = []
+        (h, c), projected = states, []
         for name, x in zip(names, inputs, strict=True):
             inner, outer = self._bias(f"_ih{name}"), self._bias(f"_hh{name}")
             bias = None if inner is None or outer is None else inner + outer
             projected.append(self._projected(f"weight_ih{name}", drawn[f"weight_ih{name}"], x, bias))
-        return LSTMSteps.apply(self._recurrent_weights(names, drawn), *states, clock, *projected)  # pyright: ignore
+        return lstm_steps(self._recurrent_weights(names, drawn), h, c, clock, projected)
 
 
 class GRU(_Recurrent):
@@ -362,24 +359,8 @@ class GRU(_Recurrent):
         outer = [self._bias(f"_hh{name}") for name in names]
         rows = [projected[0].new_zeros(projected[0].shape[1]) if b is None else b for b in outer]
         bias = torch.stack(rows).unsqueeze(1)
-        weights = self._recurrent_weights(names, drawn)
-        return GRUSteps.apply(weights, bias, *states, clock, *projected)  # pyright: ignore
-
-
-def _rows_of(input: Sequences, batch_first: bool) -> tuple[Tensor, Clock]:
-    """The inputs step by step, shape (rows, width), and how many sequences each step has."""
-    if isinstance(input, PackedSequence):
-        return input.data, Clock(tuple(input.batch_sizes.tolist()))
-    steps = input.unsqueeze(1) if input.dim() == 2 else input.transpose(0, 1) if batch_first else input
-    return steps.flatten(0, 1), Clock((steps.shape[1],) * steps.shape[0])
-
-
-def _as_given(input: Sequences, data: Tensor, clock: Clock, batch_first: bool) -> Sequences:
-    """Rows as sequences of the kind that came in."""
-    if isinstance(input, PackedSequence):
-        return PackedSequence(data, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
-    steps = data.unflatten(0, (len(clock.sizes), clock.sizes[0]))
-    return steps.squeeze(1) if input.dim() == 2 else steps.transpose(0, 1) if batch_first else steps
+        (h,), weights = states, self._recurrent_weights(names, drawn)
+        return gru_steps(weights, bias, h, clock, projected)
 
 
 def weight_names(module: nn.Module) -> tuple[str, ...]:

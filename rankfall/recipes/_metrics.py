@@ -59,7 +59,7 @@ def click_figures(log_odds: Float[Tensor, " n"], clicked: Int[Tensor, " n"]) -> 
     Example:
         >>> figures = click_figures(torch.tensor([2.0, -1.0, -3.0, 0.0]), torch.tensor([1, 1, 0, 0]))
         >>> {name: round(value, 3) for name, value in figures.items()}
-        {'auc': 0.75, 'normalised_entropy': 0.795}
+        {'auc': 0.75, 'normalised_entropy': 0.787}
 
     Args:
         log_odds: Of a click.

@@ -28,7 +28,7 @@ def table_modes(rows: int) -> tuple[Modes, Modes]:
 
     Example:
         >>> table_modes(10_131_227), table_modes(24)
-        (((217, 216, 217), (4, 4, 8)), ((24, 1, 1), (1, 8, 16)))
+        (((204, 215, 231), (4, 4, 8)), ((24, 1, 1), (1, 8, 16)))
     """
     if rows <= _SMALL:
         return (rows, 1, 1), (1, 8, 16)
