@@ -41,12 +41,12 @@ def main() -> None:
     torch.set_num_threads(1)
     keep_pages()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("recipes", nargs="*", default=list(_RANKS), choices=list(_RANKS))
+    parser.add_argument("recipes", nargs="*", metavar="RECIPE")
     parser.add_argument("--rounds", type=int, default=20)
     options = parser.parse_args()
     print(machine(1) + "\n")
     rows = []
-    for recipe in options.recipes:
+    for recipe in options.recipes or _RANKS:
         for rank in _RANKS[recipe]:
             rows.append((recipe, str(rank), *_measured(recipe, rank, options.rounds)))
             print(*rows[-1], flush=True)

@@ -43,7 +43,7 @@ Step = Callable[[Tensor, Tensor], None]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("rivals", nargs="*", default=list(_RIVALS), choices=_RIVALS)
+    parser.add_argument("rivals", nargs="*", metavar="RIVAL")
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
@@ -53,7 +53,7 @@ def main() -> None:
         return
     print(f"{machine(1)}; batches of {options.batch}\n")
     rows = []
-    for rival in options.rivals:
+    for rival in options.rivals or _RIVALS:
         numbers = ("--batch", str(options.batch), "--rounds", str(options.rounds))
         command = [sys.executable, __file__, rival, *numbers, "--alone"]
         found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
