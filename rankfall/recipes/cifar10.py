@@ -97,10 +97,10 @@ def _convolution(width_in: int, width_out: int, stride: int = 1) -> list[nn.Modu
 
 
 def _vgg() -> nn.Module:
-    """The six convolutions and the wide hidden layer of Courbariaux et al., arXiv 1511.00363, at 3/8 of their width."""
+    """Six convolutions and a hidden layer as in Courbariaux et al., arXiv 1511.00363, at a quarter of their width."""
     layers: list[nn.Module] = [_Normalised()]
-    width_in, hidden = 3, 512
-    for width in (48, 96, 192):
+    width_in, hidden = 3, 256
+    for width in (32, 64, 128):
         layers += [*_convolution(width_in, width), nn.ReLU(), *_convolution(width, width), nn.ReLU(), nn.MaxPool2d(2)]
         width_in = width
     layers += [nn.Flatten(), nn.Linear(width_in * 16, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU()]
