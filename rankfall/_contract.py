@@ -14,9 +14,10 @@ from rankfall._einsum import Axes, Plan, Shapes, contract, plan, planned_once, r
 from rankfall._formats import Layout
 
 SLOWER_IN_STEPS = 2
+"""How much longer a contraction pair by pair takes than its operations say: batched products, and copies between."""
+
 _CALL = 80_000  # Operations in the time that one product of a batched product takes to get going.
 _NARROW = 32  # Columns of the right matrix at which each product of a batched product runs at half of its speed.
-"""How much longer a contraction pair by pair takes than its operations say: batched products, and copies between."""
 
 
 def _flat_modes(layout: Layout) -> Axes:

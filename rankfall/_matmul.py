@@ -77,8 +77,6 @@ class Way:
 
 
 _COPIES = 3  # What a step reads or writes is also brought into the order of axes that its product wants.
-
-
 _LEAST_RANK = 16  # Thinner products take two to three times as long on a CPU, so zeros make up for what is missing.
 
 

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The steps of an LSTM and of a GRU through time, after the input projection, with hand-written gradients.
 
-torch's CPU kernels record some twenty operations a step and add to the gradient of the recurrent weight at each one.
-Here both directions take a step together, what does not depend on the step before is done for all steps at once, and
-the gradient of the weight is one product.
+Without a fused kernel torch records some twenty operations a step on a CPU and adds to the gradient of the recurrent
+weight at each one. Here both directions take a step together, and the gradient of the weight is one product.
 """
 
 from collections.abc import Sequence

@@ -281,9 +281,10 @@ class LSTM(_Recurrent):
 
     Each of torch's weight matrices, weight_ih_l0 (4 hidden_size x input_size), weight_hh_l0 and so on, is one low-rank
     tensor that has the gate as a mode of its own. They are formed once per call, drawn from the posterior in train mode
-    and at its mean in eval mode, in the order of torch's parameters. On a CPU the inputs of all steps are multiplied at
-    once in the cheapest way at the current ranks, and the library's own steps, with hand-written gradients, do the
-    rest; on other devices, under autocast and in torch.compile torch's fused kernel does, on the formed weights.
+    and at its mean in eval mode, in the order of torch's parameters. On a CPU, for packed
+    sequences of different length and where low ranks make the inputs cheap, the inputs of all steps are multiplied at
+    once in the cheapest way and the library's own steps, with hand-written gradients, do the rest; otherwise, and on
+    other devices, under autocast and in torch.compile, torch's kernel runs on the formed weights.
 
     Example:
         >>> layer = rf.nn.LSTM(32, 24, num_layers=2, bidirectional=True, format=rf.TT(max_rank=8))
