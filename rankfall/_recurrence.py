@@ -55,6 +55,10 @@ class Clock:
         lengths = torch.bincount(sequence)
         return first[lengths[sequence] - 1 - step] + sequence
 
+    def by_step(self, *values: Tensor) -> list[tuple[Tensor, ...]]:
+        """Views of the rows of each step, step by step, of tensors of shape (directions, rows, ...)."""
+        return list(zip(*(v.split(self.sizes, 1) for v in values), strict=True))
+
     def before(self, states: Tensor) -> Tensor:
         """Of states (first ones, then those after each row), those before each row; shape (directions, rows, size)."""
         if self.is_even:
@@ -77,7 +81,7 @@ class _Buffer:
         directions, sequences, size = first.shape
         self.all = first.new_empty(directions, sequences + clock.rows, size)
         self.all[:, :sequences] = first
-        self.first, *self.steps = self.all.split([sequences, *clock.sizes], 1)
+        self.first, self.after = self.all[:, :sequences], self.all[:, sequences:]
 
 
 # From the value of a sigmoid or a tanh; a step's numbers are still in the processor's cache, so step by step is best.
@@ -138,8 +142,7 @@ class _LSTMSteps(torch.autograd.Function):
         squashed = gates.new_empty(len(gates), clock.rows, size)
         h, c = states.first, cells.first
         pieces = (gates, *gates.split(size, 2), gates[..., : 2 * size], squashed)
-        by_step = zip(*(piece.split(clock.sizes, 1) for piece in pieces), states.steps, cells.steps, strict=True)
-        for g_all, i, f, g, o, i_and_f, tanh_c, h_next, c_next in by_step:
+        for g_all, i, f, g, o, i_and_f, tanh_c, h_next, c_next in clock.by_step(*pieces, states.after, cells.after):
             n = h_next.shape[1]
             torch.baddbmm(g_all, h[:, :n], turned, out=g_all)  # In place would be hidden from counters.
             i_and_f.sigmoid_()
@@ -150,7 +153,7 @@ class _LSTMSteps(torch.autograd.Function):
             h, c = h_next, c_next
         ctx.clock = clock
         ctx.save_for_backward(recurrent, gates, states.all, cells.all, squashed)
-        return states.all[:, clock.sizes[0] :], clock.last(states.all), clock.last(cells.all)
+        return states.after, clock.last(states.all), clock.last(cells.all)
 
     @staticmethod
     @once_differentiable
@@ -159,8 +162,7 @@ class _LSTMSteps(torch.autograd.Function):
         clock, size = ctx.clock, d_h.shape[2]
         d_gates, d_h, d_c = torch.empty_like(gates), d_h.clone(), d_c.clone()
         pieces = (d_out, *gates.split(size, 2), squashed, clock.before(cells), d_gates, *d_gates.split(size, 2))
-        by_step = zip(*(piece.split(clock.sizes, 1) for piece in pieces), strict=True)
-        for out, i, f, g, o, tanh_c, before, d_all, d_i, d_f, d_g, d_o in reversed(list(by_step)):
+        for out, i, f, g, o, tanh_c, before, d_all, d_i, d_f, d_g, d_o in reversed(clock.by_step(*pieces)):
             h, c = d_h[:, : out.shape[1]], d_c[:, : out.shape[1]]
             h.add_(out)
             c.add_(_tanh_backward(h * o, tanh_c))
@@ -170,9 +172,7 @@ class _LSTMSteps(torch.autograd.Function):
             _tanh_backward.grad_input(c * i, g, grad_input=d_g)
             _products(d_all, recurrent, h)
             c.mul_(f)
-        d_recurrent = None
-        if ctx.needs_input_grad[0]:
-            d_recurrent = _products(d_gates.transpose(1, 2), clock.before(states), torch.empty_like(recurrent))
+        d_recurrent = _products(d_gates.transpose(1, 2), clock.before(states), torch.empty_like(recurrent))
         return d_recurrent, d_h, d_c, None, *d_gates
 
 
@@ -191,8 +191,7 @@ class _GRUSteps(torch.autograd.Function):
         states, heard = _Buffer(h, clock), gates.new_empty(len(gates), clock.rows, size)
         h = states.first
         pieces = (gates[..., : 2 * size], *gates.split(size, 2), heard)
-        by_step = zip(*(piece.split(clock.sizes, 1) for piece in pieces), states.steps, strict=True)
-        for r_and_z, r, z, n, heard_now, h_next in by_step:
+        for r_and_z, r, z, n, heard_now, h_next in clock.by_step(*pieces, states.after):
             past = h[:, : h_next.shape[1]]
             product = torch.baddbmm(bias, past, turned)
             r_and_z.add_(product[..., : 2 * size]).sigmoid_()
@@ -202,7 +201,7 @@ class _GRUSteps(torch.autograd.Function):
             h = h_next
         ctx.clock = clock
         ctx.save_for_backward(recurrent, gates, states.all, heard)
-        return states.all[:, clock.sizes[0] :], clock.last(states.all)
+        return states.after, clock.last(states.all)
 
     @staticmethod
     @once_differentiable
@@ -219,17 +218,14 @@ class _GRUSteps(torch.autograd.Function):
         torch.mul(to_n, r, out=s_n)
         d_h, d_states = d_h.clone(), torch.empty_like(to_n)
         pieces = (d_out, z, slopes, slopes.unflatten(2, (3, size)), d_states)
-        by_step = zip(*(piece.split(clock.sizes, 1) for piece in pieces), strict=True)
-        for out, z_now, d_product, by_gate, kept in reversed(list(by_step)):
+        for out, z_now, d_product, by_gate, kept in reversed(clock.by_step(*pieces)):
             h = d_h[:, : out.shape[1]]
             torch.add(h, out, out=kept)
             by_gate.mul_(kept.unsqueeze(2))
             torch.mul(kept, z_now, out=h)
             torch.baddbmm(h, d_product, recurrent, out=h)
-        d_recurrent = None
-        if ctx.needs_input_grad[0]:
-            d_recurrent = _products(slopes.transpose(1, 2), past, torch.empty_like(recurrent))
-        d_bias = slopes.sum(1, keepdim=True) if ctx.needs_input_grad[1] else None
+        d_recurrent = _products(slopes.transpose(1, 2), past, torch.empty_like(recurrent))
+        d_bias = slopes.sum(1, keepdim=True)
         # The projected inputs stand outside of the product that r multiplies.
         torch.mul(to_n, d_states, out=s_n)
         return d_recurrent, d_bias, d_h, None, *slopes

@@ -226,6 +226,23 @@ class _Recurrent(Formed):
         clock: Clock,
     ) -> tuple[Tensor, ...]:
         """Outputs and last states of the directions of one layer."""
+        projected = [
+            linear(self._tensor(f"weight_ih{name}").layout, drawn[f"weight_ih{name}"], x, self._input_bias(name))
+            for name, x in zip(names, inputs, strict=True)
+        ]
+        # Formed, since each of the steps uses them.
+        recurrent = [f"weight_hh{name}" for name in names]
+        weights = torch.stack([dense(self._tensor(name).layout, drawn[name]) for name in recurrent])
+        return self._advance(names, weights, states, clock, projected)
+
+    def _input_bias(self, name: str) -> Tensor | None:
+        """What is added to the inputs before the steps."""
+        raise NotImplementedError
+
+    def _advance(
+        self, names: Sequence[str], weights: Tensor, states: Sequence[Tensor], clock: Clock, projected: list[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """The steps themselves."""
         raise NotImplementedError
 
     def _bias(self, name: str) -> Tensor | None:
@@ -235,14 +252,6 @@ class _Recurrent(Formed):
         tensor = self.get_submodule(name)
         assert isinstance(tensor, LowRankTensor)
         return tensor
-
-    def _projected(self, name: str, factors: list[Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
-        return linear(self._tensor(name).layout, factors, x, bias)
-
-    def _recurrent_weights(self, names: Sequence[str], drawn: Mapping[str, list[Tensor]]) -> Tensor:
-        """Formed, since each of the steps uses them; shape (directions, gates, hidden_size)."""
-        found = [f"weight_hh{name}" for name in names]
-        return torch.stack([dense(self._tensor(name).layout, drawn[name]) for name in found])
 
     def _check(self, input: Sequences) -> None:
         tensor = self._tensor("weight_ih_l0")
@@ -317,20 +326,15 @@ class LSTM(_Recurrent):
 
     _dense, _gates = nn.LSTM, 4
 
-    def _steps(
-        self,
-        names: Sequence[str],
-        drawn: Mapping[str, list[Tensor]],
-        inputs: Sequence[Tensor],
-        states: Sequence[Tensor],
-        clock: Clock,
+    def _input_bias(self, name: str) -> Tensor | None:
+        inner, outer = self._bias(f"_ih{name}"), self._bias(f"_hh{name}")
+        return None if inner is None or outer is None else inner + outer
+
+    def _advance(
+        self, names: Sequence[str], weights: Tensor, states: Sequence[Tensor], clock: Clock, projected: list[Tensor]
     ) -> tuple[Tensor, ...]:
-        (h, c), projected = states, []
-        for name, x in zip(names, inputs, strict=True):
-            inner, outer = self._bias(f"_ih{name}"), self._bias(f"_hh{name}")
-            bias = None if inner is None or outer is None else inner + outer
-            projected.append(self._projected(f"weight_ih{name}", drawn[f"weight_ih{name}"], x, bias))
-        return lstm_steps(self._recurrent_weights(names, drawn), h, c, clock, projected)
+        h, c = states
+        return lstm_steps(weights, h, c, clock, projected)
 
 
 class GRU(_Recurrent):
@@ -345,23 +349,15 @@ class GRU(_Recurrent):
 
     _dense, _gates = nn.GRU, 3
 
-    def _steps(
-        self,
-        names: Sequence[str],
-        drawn: Mapping[str, list[Tensor]],
-        inputs: Sequence[Tensor],
-        states: Sequence[Tensor],
-        clock: Clock,
+    def _input_bias(self, name: str) -> Tensor | None:
+        return self._bias(f"_ih{name}")
+
+    def _advance(
+        self, names: Sequence[str], weights: Tensor, states: Sequence[Tensor], clock: Clock, projected: list[Tensor]
     ) -> tuple[Tensor, ...]:
-        projected = [
-            self._projected(f"weight_ih{name}", drawn[f"weight_ih{name}"], x, self._bias(f"_ih{name}"))
-            for name, x in zip(names, inputs, strict=True)
-        ]
-        outer = [self._bias(f"_hh{name}") for name in names]
-        rows = [projected[0].new_zeros(projected[0].shape[1]) if b is None else b for b in outer]
-        bias = torch.stack(rows).unsqueeze(1)
-        (h,), weights = states, self._recurrent_weights(names, drawn)
-        return gru_steps(weights, bias, h, clock, projected)
+        (h,), outer = states, [self._bias(f"_hh{name}") for name in names]
+        rows = [weights.new_zeros(weights.shape[1]) if bias is None else bias for bias in outer]
+        return gru_steps(weights, torch.stack(rows).unsqueeze(1), h, clock, projected)
 
 
 def weight_names(module: nn.Module) -> tuple[str, ...]:
