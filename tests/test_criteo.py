@@ -248,10 +248,23 @@ def test_made_up_clicks_follow_the_truth():
 
 
 def test_the_truth_is_of_the_planted_rank():
-    truth = _clicks.Truth(SIZES)
-    for table, rows in zip(truth.tables, SIZES, strict=True):
-        assert set(table.weight.ranks.values()) == {2}
-        assert table.weight.layout.modes == table_modes(rows)
+    sizes = (30, 1001, 1)
+    truth = _clicks.Truth(sizes)
+    rows = torch.zeros(1001, COUNTS + 3, dtype=torch.int32)
+    rows[:, COUNTS + 1] = torch.arange(1001)
+    rows[:, COUNTS] = torch.arange(1001) % 30
+    vectors = truth.vectors(rows)
+    for k, rank in enumerate(truth.ranks[:2]):
+        (a, b, c), width = table_modes(sizes[k])
+        table = torch.zeros(a * b * c, 128)
+        table[: sizes[k]] = vectors[: sizes[k], k + 1]
+        matrices = table[: a * b * c].view(a, b, c, *width).permute(0, 3, 1, 4, 2, 5)
+        # The rows that pad the last digits are not those of the table.
+        whole = matrices if a * b * c == sizes[k] else matrices[: a - 1]
+        first = whole.reshape(len(whole) * width[0], -1)
+        last = whole.reshape(-1, c * width[2])
+        assert [int(torch.linalg.matrix_rank(m)) for m in (first, last)] == [rank, rank]
+    assert truth.ranks == (1, 2, 1)
 
 
 def test_click_figures_of_the_truth_are_best():

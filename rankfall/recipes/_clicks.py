@@ -2,90 +2,99 @@
 """Made-up clicks at the size of Criteo's Kaggle data, whose truth is known: tables of low rank, planted."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from rankfall._formats import TTM
-from rankfall._posteriors import Point
-from rankfall.nn import Embedding
+from rankfall._formats import Modes
 from rankfall.recipes._recommender import COUNTS, KAGGLE_SIZES, WIDTH, table_modes
-
-PLANTED_RANK = 2
 
 _CLICK_RATE = 0.2562  # Of Criteo's training rows.
 _SPREAD = 1.6  # Standard deviation of the planted log odds: an AUC of some 0.8 for who knows them.
 _PAIRS = 0.1  # Part of the variance of the log odds that pairs of tables account for.
 _EXPONENT = 1.05  # Of the frequencies of ids: the k-th most frequent one is worth k to the power of minus this.
+_FEW = 512  # Rows whose vectors are looked at at once.
 _CHUNK = 1 << 16  # Rows that are drawn at once, each chunk from a seed of its own.
 _SEEDS_APART = 1_000_003  # Chunks between the streams of two seeds; only the lower 32 bits of a seed count.
 _TRUTH_SEED = 2010_08689
 
 
-class Truth(nn.Module):
-    """Who clicks: log odds from planted tables, in products of pairs and one by one, as the model can say them.
+class Truth:
+    """Who clicks: log odds from planted tables, one by one and in products of pairs, as the model can say them.
 
-        log odds = a + b * (sum over i of <u, e_i> + c * sum over i < j of s_ij <e_i, e_j>),  e_0 = V log(1 + counts)
+        log odds = a + b * (<u, sum over i of e_i> + c * sum over i < j of s_i s_j <e_i, e_j>),  e_0 = V log(1 + counts)
 
-    The tables are TT-matrices of rank `PLANTED_RANK` in the modes of `table_modes`. What the three digits of an id say
-    is added up, which has that rank in every bond:
+    The signs s_i are 1 or -1, which makes the pairs a factorisation machine (Rendle, ICDM 2010). Each e_i is a row of a
+    table that is a TT-matrix in the modes of `table_modes`: what the digits of an id say is added up,
 
         e = x_1 (x) v_2 (x) v_3 + v_1 (x) x_2 (x) v_3 + v_1 (x) v_2 (x) x_3,  x_k of digit k, v_k the same for all
 
-    a and b give the log odds a spread of 1.6 and a click rate of 25.62 % over rows as `draw` makes them, and c gives
-    the pairs a tenth of the variance.
+    which has rank 2 in every bond; a table whose id is a digit by itself has the first term only, and rank 1. a and b
+    give the log odds a spread of 1.6 and a click rate of 25.62 % over rows as `draw` makes them, and c gives the pairs
+    a tenth of the variance.
 
     Args:
         sizes: Rows of each table.
+
+    Attributes:
+        sizes: Rows of each table.
+        ranks: The planted rank of each table.
     """
 
     def __init__(self, sizes: Sequence[int] = KAGGLE_SIZES) -> None:
-        super().__init__()
         self.sizes = tuple(sizes)
-        with torch.random.fork_rng(devices=()), torch.no_grad():
-            torch.manual_seed(_TRUTH_SEED)
-            self.tables = nn.ModuleList(_planted(rows) for rows in sizes)
-            self.of_counts = torch.randn(COUNTS, WIDTH) / math.sqrt(COUNTS)
-            self.alone = torch.randn(WIDTH, 1)
-            signs = torch.randint(0, 2, (len(sizes) + 1,) * 2) * 2.0 - 1.0
-            self.signs = signs.tril(-1)
-            rows = draw(_CHUNK // 4, self.sizes, torch.Generator().manual_seed(_TRUTH_SEED))
-            alone, pairs = (torch.cat(c) for c in zip(*(self._scores(p) for p in rows.split(1 << 12)), strict=True))
-            self.of_pairs = math.sqrt(_PAIRS / (1 - _PAIRS)) * float(alone.std() / pairs.std())
-            score = alone + self.of_pairs * pairs
-            self.scale = _SPREAD / float(score.std())
-            self.shift = _shift_for(self.scale * score, _CLICK_RATE)
-        self.requires_grad_(False).eval()
+        modes = [table_modes(rows) for rows in sizes]
+        self.ranks = tuple(1 if out_modes[1] == 1 else 2 for out_modes, _ in modes)
+        noise = partial(torch.randn, generator=torch.Generator().manual_seed(_TRUTH_SEED))
+        # What a digit says, for all digits of all tables one after another, and where those of a table begin.
+        self._says = torch.cat([_planted(*of_table, noise) for of_table in modes])
+        self._modes = torch.tensor([out_modes for out_modes, _ in modes])
+        counts = self._modes.flatten().cumsum(0)
+        self._firsts = (counts - self._modes.flatten()).view(-1, 3)
+        self._of_counts = noise(COUNTS, WIDTH) / math.sqrt(COUNTS)
+        self._alone = noise(WIDTH)
+        self._signs = noise(len(sizes) + 1).sign()
+        alone, pairs = self._scores(draw(_CHUNK // 4, self.sizes, torch.Generator().manual_seed(_TRUTH_SEED)))
+        self._of_pairs = math.sqrt(_PAIRS / (1 - _PAIRS)) * float(alone.std() / pairs.std())
+        score = alone + self._of_pairs * pairs
+        self._scale = _SPREAD / float(score.std())
+        self._shift = _shift_for(self._scale * score, _CLICK_RATE)
 
-    def forward(self, rows: Int[Tensor, "n columns"]) -> Float[Tensor, " n"]:
+    def __call__(self, rows: Int[Tensor, "n columns"]) -> Float[Tensor, " n"]:
         """The log odds of a click."""
         alone, pairs = self._scores(rows)
-        return self.scale * (alone + self.of_pairs * pairs) + self.shift
+        return self._scale * (alone + self._of_pairs * pairs) + self._shift
+
+    def vectors(self, rows: Int[Tensor, "n columns"]) -> Float[Tensor, "n vectors width"]:
+        """What the counts and each table say, e_0 to e_26."""
+        counts = torch.log1p(rows[:, :COUNTS].clamp(min=0).float()) @ self._of_counts
+        ids, (_, middle, last) = rows[:, COUNTS:].long(), self._modes.unbind(1)
+        digits = torch.stack([ids // (middle * last), ids // last % middle, ids % last], 2) + self._firsts
+        found = nn.functional.embedding_bag(digits.flatten(0, 1), self._says, mode="sum").view(len(rows), -1, WIDTH)
+        return torch.cat([counts.unsqueeze(1), found], 1)
 
     def _scores(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        counts = torch.log1p(rows[:, :COUNTS].clamp(min=0).float()) @ self.of_counts
-        found = [table(ids) for table, ids in zip(self.tables, rows[:, COUNTS:].T, strict=True)]
-        vectors = torch.stack([counts, *found], 1)
-        products = (vectors * (self.signs @ vectors)).sum((1, 2))
-        return (vectors.sum(1) @ self.alone).squeeze(1), products
+        # A few rows at a time, whose vectors stay in the processor's cache.
+        return tuple(map(torch.cat, zip(*map(self._few_scores, rows.split(_FEW)), strict=True)))  # pyright: ignore
+
+    def _few_scores(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        vectors = self.vectors(rows)
+        signed = torch.einsum("nvw,v->nw", vectors, self._signs)
+        return vectors.sum(1) @ self._alone, (signed.square().sum(1) - vectors.square().sum((1, 2))) / 2
 
 
-def _planted(rows: int) -> Embedding:
-    out_modes, in_modes = table_modes(rows)
-    format = TTM(PLANTED_RANK, out_modes=out_modes, in_modes=in_modes)
-    table = Embedding(rows, WIDTH, format=format, posterior=Point())
-    first, middle, last = table.weight.factors
-    if rows > WIDTH:
-        # [x v] [v 0; x v] [v; x], digit by digit.
-        first[:, :, 1] = torch.randn(first.shape[1])
-        middle[0, :, :, 0] = torch.randn(middle.shape[2])
-        middle[0, :, :, 1] = 0.0
-        middle[1, :, :, 1] = torch.randn(middle.shape[2])
-        last[0] = torch.randn(last.shape[2])
-    return table
+def _planted(out_modes: Modes, in_modes: Modes, noise: Callable[..., Tensor]) -> Tensor:
+    """What each digit adds to the row of a table, shape (sum of `out_modes`, 128), of mean square 1 in a row."""
+    same = [math.sqrt(n) * nn.functional.normalize(noise(n), dim=0) for n in in_modes]
+    says = []
+    for k, (digits, width) in enumerate(zip(out_modes, in_modes, strict=True)):
+        own = [noise(digits, width) if k == j else same[j].expand(digits, -1) for j in range(3)]
+        says.append(torch.einsum("da,db,dc->dabc", *own).flatten(1) * (digits > 1))
+    return torch.cat(says) / math.sqrt(sum(digits > 1 for digits in out_modes))
 
 
 def _shift_for(log_odds: Tensor, rate: float) -> float:
@@ -153,5 +162,5 @@ def _chunks(count: int, seed: int, truth: Truth) -> Iterator[Clicks]:
         chance = torch.rand(_CHUNK, generator=generator)
         kept = min(_CHUNK, count - k * _CHUNK)
         rows, chance = rows[:kept], chance[:kept]
-        log_odds = torch.cat([truth(part) for part in rows.split(1 << 12)])
+        log_odds = truth(rows)
         yield Clicks(rows, (chance < log_odds.sigmoid()).long(), log_odds)
