@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from rankfall._formats import Layout
@@ -62,13 +63,31 @@ def kl_of_factors(prior: Prior, tensors: Sequence[Factors], *, hyperprior: bool 
 
     All tensors have the same prior, are on one device and of one type, and all or none have standard deviations.
     """
+    flat, parameters = _joint(tensors)
+    value: Tensor = _Divergence.apply(flat, prior, hyperprior, *parameters)  # pyright: ignore
+    return value
+
+
+def draw_with_kl(prior: Prior, tensors: Sequence[Factors]) -> tuple[Tensor, list[list[Tensor]]]:
+    """(`kl_of_factors`, a draw of the factors of each tensor), for tensors with standard deviations.
+
+    One call for all layers, in which the draws and the KL share what both need, and one backward.
+    """
+    flat, parameters = _joint(tensors)
+    value, *draws = _Draw.apply(flat, prior, *parameters)  # pyright: ignore
+    found: list[list[Tensor]] = [[value] * len(t.means) for t in tensors]
+    for (k, factor), one in zip(flat.order, draws, strict=True):
+        found[k][factor] = one
+    return value, found
+
+
+def _joint(tensors: Sequence[Factors]) -> tuple["_Flat", list[Tensor]]:
+    """How the factors lie in one buffer, and all means in that order, then all log standard deviations."""
     first = tensors[0].means[0]
     shapes = tuple((t.layout, tuple(mean.shape for mean in t.means)) for t in tensors)
     flat = _flat(shapes, first.device, wide(first.new_empty(0)).dtype)
     means = [tensors[k].means[factor] for k, factor in flat.order]
-    log_stds = [tensors[k].log_stds[factor] for k, factor in flat.order] if tensors[0].log_stds else []
-    value: Tensor = _Divergence.apply(flat, prior, hyperprior, *means, *log_stds)  # pyright: ignore
-    return value
+    return flat, means + ([tensors[k].log_stds[factor] for k, factor in flat.order] if tensors[0].log_stds else [])
 
 
 class _Divergence(torch.autograd.Function):
@@ -83,33 +102,62 @@ class _Divergence(torch.autograd.Function):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: FunctionCtx, flat: "_Flat", prior: Prior, hyperprior: bool, *parameters: Tensor
     ) -> Tensor:
-        count = len(flat.order)
-        mean, log_std = flat.joined(parameters[:count]), flat.joined(parameters[count:])
-        has_std = len(parameters) > count
-        variance = (2 * log_std).exp() if has_std else log_std
-        squares = mean.square() + variance if has_std else mean.square()
-        moments, core, _ = flat.moments(squares).split((len(flat.counts), 1, 1))
-        value, scales = kl_of_moments(prior, moments, flat.counts, hyperprior=hyperprior)
-        if flat.core_entries:
-            value = value + 0.5 * core.sum() / _CORE_STD**2 + flat.core_entries * math.log(_CORE_STD)
-        if has_std:
-            value = value - log_std.sum() - 0.5 * len(log_std)
-        if any(ctx.needs_input_grad):  # pyright: ignore[reportAttributeAccessIssue]
-            precision = torch.cat([scales.reciprocal(), flat.other_precisions]).index_select(0, flat.slices)
-            gradient = mean * precision
-            ctx.save_for_backward(*((gradient, variance * precision - 1) if has_std else (gradient,)))
-            ctx.shapes = [p.shape for p in parameters[:count]]  # pyright: ignore[reportAttributeAccessIssue]
+        mean, log_std = flat.joined(parameters)
+        std = None if log_std is None else log_std.exp()
+        value, gradients = _bound(flat, prior, mean, log_std, std, hyperprior=hyperprior)
+        ctx.save_for_backward(*gradients)
+        ctx.like = parameters  # pyright: ignore[reportAttributeAccessIssue]
         return value
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        shapes: list[torch.Size] = ctx.shapes  # pyright: ignore[reportAttributeAccessIssue]
-        sizes, found = [shape.numel() for shape in shapes], []
-        for partial in ctx.saved_tensors:  # pyright: ignore[reportAttributeAccessIssue]
-            parts = (gradient * partial).split(sizes)
-            found += [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-        return (None, None, None, *found)
+        found = torch.cat([gradient * partial for partial in ctx.saved_tensors])  # pyright: ignore
+        return (None, None, None, *_unflatten_dense_tensors(found, ctx.like))  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class _Draw(torch.autograd.Function):
+    """The KL as `_Divergence` has it, and mean + std * noise of every factor."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: FunctionCtx, flat: "_Flat", prior: Prior, *parameters: Tensor
+    ) -> tuple[Tensor, ...]:
+        mean, log_std = flat.joined(parameters)
+        assert log_std is not None, "a draw needs standard deviations"
+        std = log_std.exp()
+        value, gradients = _bound(flat, prior, mean, log_std, std, hyperprior=True)
+        away = torch.randn_like(std).mul_(std)
+        ctx.save_for_backward(away, *gradients)
+        ctx.like = parameters  # pyright: ignore[reportAttributeAccessIssue]
+        drawn = (mean + away).to(parameters[0].dtype)
+        return value, *_unflatten_dense_tensors(drawn, parameters[: len(flat.order)])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, of_kl: Tensor, *of_draws: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        away, of_mean, of_log_std = ctx.saved_tensors  # pyright: ignore[reportAttributeAccessIssue]
+        of_draw = _flatten_dense_tensors(of_draws).to(away.dtype)
+        parts = torch.addcmul(of_draw, of_mean, of_kl), torch.addcmul(of_draw * away, of_log_std, of_kl)
+        found = torch.cat(parts)
+        return (None, None, *_unflatten_dense_tensors(found, ctx.like))  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _bound(
+    flat: "_Flat", prior: Prior, mean: Tensor, log_std: Tensor | None, std: Tensor | None, *, hyperprior: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """The KL of all factors, and its gradient in `mean` and `log_std`."""
+    squares = mean.square()
+    variance = None if std is None else std.square()
+    moments, core, _ = flat.moments(squares if variance is None else squares.add_(variance)).split(flat.kinds)
+    value, scales = kl_of_moments(prior, moments, flat.counts, hyperprior=hyperprior)
+    if flat.core_entries:
+        value = value + 0.5 * core.sum() / _CORE_STD**2 + flat.core_entries * math.log(_CORE_STD)
+    precision = torch.cat([scales.reciprocal(), flat.other_precisions]).index_select(0, flat.slices)
+    if variance is None or log_std is None:
+        return value, [precision.mul_(mean)]
+    value = value - log_std.sum() - 0.5 * len(log_std)
+    return value, [mean * precision, variance.mul_(precision).sub_(1)]
 
 
 # A sum of its own costs a few microseconds whatever the size, a scattered one a few nanoseconds an entry.
@@ -141,11 +189,18 @@ class _Flat:
     other_precisions: Tensor
     core_entries: int
 
-    def joined(self, parameters: Sequence[Tensor]) -> Tensor:
-        """The buffer, in the type that is computed in; empty without parameters."""
-        if not parameters:
-            return self.counts.new_empty(0)
-        return torch.cat([p.detach().reshape(-1) for p in parameters]).to(self.counts.dtype)
+    @property
+    def kinds(self) -> tuple[int, int, int]:
+        """How many numbers of slices there are, of cores, and of what nothing governs."""
+        return len(self.counts), 1, 1
+
+    def joined(self, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Means and log standard deviations, if there are any, each in one buffer of the type that is computed in."""
+        joined = _flatten_dense_tensors(parameters).to(self.counts.dtype)
+        if len(parameters) == len(self.order):
+            return joined, None
+        mean, log_std = joined.chunk(2)
+        return mean, log_std
 
     def moments(self, squares: Tensor) -> Tensor:
         """The sum over each slice."""

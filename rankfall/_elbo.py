@@ -2,12 +2,14 @@
 """The evidence lower bound as a loss."""
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rankfall._divergence import kl_of_factors
+from rankfall._divergence import Factors, draw_with_kl, kl_of_factors
 from rankfall._tensor import LowRankTensor
 from rankfall._walk import low_rank_tensors
 
@@ -26,17 +28,25 @@ def kl(model: nn.Module) -> Float[Tensor, ""]:
     Raises:
         ValueError: If the model has no low-rank tensor.
     """
-    # Tensors of a kind share one flat buffer: small operations cost more than what they compute.
-    alike: dict[object, list[LowRankTensor]] = {}
-    for _, tensor in low_rank_tensors(model):
-        first = tensor.factors[0]
-        alike.setdefault((tensor.prior, first.device, first.dtype, len(tensor.log_stds) > 0), []).append(tensor)
-    if not alike:
+    kinds = _alike([tensor for _, tensor in low_rank_tensors(model)])
+    if not kinds:
         raise ValueError(
             f"{type(model).__name__} has no low-rank tensor, so there is no KL. "
             "Call rf.tensorize_(model, rf.TTM(20)) first."
         )
-    terms = [_kl_of(tensors) for tensors in alike.values()]
+    return _total([_kl_of(tensors) for tensors in kinds])
+
+
+def _alike(tensors: Sequence[LowRankTensor]) -> list[list[LowRankTensor]]:
+    """Tensors of a kind share one flat buffer: small operations cost more than what they compute."""
+    alike: dict[object, list[LowRankTensor]] = {}
+    for tensor in tensors:
+        first = tensor.factors[0]
+        alike.setdefault((tensor.prior, first.device, first.dtype, len(tensor.log_stds) > 0), []).append(tensor)
+    return list(alike.values())
+
+
+def _total(terms: Sequence[Tensor]) -> Tensor:
     total = terms[0]
     for term in terms[1:]:
         total = total + term.to(total.device)
@@ -47,6 +57,51 @@ def _kl_of(tensors: list[LowRankTensor]) -> Tensor:
     first = tensors[0]
     with torch.autocast(first.factors[0].device.type, enabled=False):
         return kl_of_factors(first.prior, [tensor.posterior_factors() for tensor in tensors])
+
+
+class JointDraw:
+    """Draws the factors of all low-rank tensors of a model in one go, with their KL.
+
+    What each layer would do by itself at every step, for all of them in one flat buffer: it pays where there are many
+    small factors. Make another one once the model has got other tensors, or other parameters; ranks may change.
+
+    Example:
+        >>> model = nn.Sequential(rf.nn.Linear(12, 20, format=rf.TTM(4)), rf.nn.Linear(20, 3, format=rf.TT(2)))
+        >>> with JointDraw(model)() as kl:
+        ...     y = model(torch.randn(5, 12))
+        >>> torch.allclose(kl, rf.kl(model))
+        True
+
+    Args:
+        model: A model with low-rank tensors.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        kinds = _alike([tensor for _, tensor in low_rank_tensors(model)])
+        self._kinds = [(tensors, [tensor.posterior_factors() for tensor in tensors]) for tensors in kinds]
+
+    @contextmanager
+    def __call__(self) -> Iterator[Float[Tensor, ""]]:
+        """Inside, every forward in train mode uses the same draw; gives KL(q || p) of all tensors, in nats."""
+        terms: list[Tensor] = []
+        try:
+            for tensors, factors in self._kinds:
+                with torch.autocast(factors[0].means[0].device.type, enabled=False):
+                    terms.append(self._draw(tensors, factors))
+            yield _total(terms)
+        finally:
+            for tensors, _ in self._kinds:
+                for tensor in tensors:
+                    tensor.given.clear()
+
+    @staticmethod
+    def _draw(tensors: list[LowRankTensor], factors: list[Factors]) -> Tensor:
+        if not factors[0].log_stds:
+            return kl_of_factors(tensors[0].prior, factors)
+        value, draws = draw_with_kl(tensors[0].prior, factors)
+        for tensor, draw in zip(tensors, draws, strict=True):
+            tensor.given[:] = draw
+        return value
 
 
 def check_weights(num_data: float, beta: float) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
-from rankfall._elbo import check_weights, kl
+from rankfall._elbo import JointDraw, check_weights
 from rankfall._files import write_atomic
 from rankfall._groups import parameter_groups
 from rankfall._losses import Batches
@@ -184,9 +184,18 @@ class _Objective:
         self, model: nn.Module, nll: NLL, kl_weight: float | None, accelerator: "Accelerator", epoch: int
     ) -> None:
         self.model, self.nll, self.kl_weight, self.accelerator, self.epoch = model, nll, kl_weight, accelerator, epoch
+        self.draw = None if kl_weight is None else JointDraw(model)
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """(nll of each datum, KL, loss)."""
+        if self.draw is None or self.kl_weight is None:
+            each = self._nll(batch)
+            return each, each.new_zeros(()), each.mean()
+        with self.draw() as divergence:
+            each = self._nll(batch)
+        return each, divergence, each.mean() + self.kl_weight * divergence
+
+    def _nll(self, batch: Batch) -> Tensor:
         with self.accelerator.autocast():
             each = self.nll(self.model, batch)
         if not isinstance(each, Tensor) or each.dim() != 1:
@@ -195,10 +204,7 @@ class _Objective:
                 f"nll must return one number per datum, a tensor of shape (n,), got {came}. "
                 "Pass reduction='none' to torch's losses, and sum over everything but the batch."
             )
-        if self.kl_weight is None:
-            return each, each.new_zeros(()), each.mean()
-        divergence = kl(self.model)
-        return each, divergence, each.mean() + self.kl_weight * divergence
+        return each
 
     def check(self, loss: Tensor, step: int) -> None:
         """Stops at a loss that is not finite, before it reaches the parameters."""

@@ -50,6 +50,7 @@ class LowRankTensor(nn.Module):
         factors: The factors, or their posterior means: an nn.ParameterList.
         log_stds: Log posterior standard deviations, one tensor per factor; empty with rf.Point.
         path: Path of the layer that `rf.tensorize_` made it for, so that errors can name it; empty elsewhere.
+        given: A draw of the factors that was made elsewhere and is to be used; else empty.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class LowRankTensor(nn.Module):
         super().__init__()
         _check_kinds(format, prior, posterior)
         self.path = ""
+        self.given: list[Tensor] = []
         self.format = format
         self.prior = HalfCauchy() if prior is None else prior
         self.posterior = MeanField() if posterior is None else posterior
@@ -348,6 +350,8 @@ class LowRankTensor(nn.Module):
         return [start for start in starts if start is not None]
 
     def _sampled(self) -> list[Tensor]:
+        if self.given:
+            return list(self.given)
         if not len(self.log_stds):
             return list(self.factors)
         return [draw(mean, log_std) for mean, log_std in zip(self.factors, self.log_stds, strict=True)]

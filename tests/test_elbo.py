@@ -8,6 +8,7 @@ from torch import nn
 import rankfall as rf
 from rankfall import _divergence
 from rankfall._divergence import Factors, kl_of_factors
+from rankfall._elbo import JointDraw
 
 
 def two_layers():
@@ -111,3 +112,52 @@ def test_minimising_the_loss_shrinks_what_the_data_does_not_need():
         loss(layer(x).square().mean()).backward()
         optimizer.step()
     assert all(bool((after < before[bond]).all()) for bond, after in layer.weight.energies().items())
+
+
+def test_a_joint_draw_is_one_draw_with_the_kl(kind, posterior):
+    """Law: the KL and its gradient are those of `rf.kl`, and draws that of mean + std * noise, noise held fixed."""
+    torch.manual_seed(0)
+    make = partial(rf.LowRankTensor, posterior=posterior, dtype=torch.float64)
+    model = nn.ModuleList([make((4, 6), kind(2)), make((9, 8), kind(3)), make((6, 6), kind(2), prior=rf.LogUniform())])
+    model[1].keep_slices_(next(iter(model[1].ranks)), torch.tensor([], dtype=torch.int64))
+    parameters = list(model.parameters())
+    with JointDraw(model)() as kl:
+        drawn = [f for t in model for f in t.drawn()]
+        assert all(a is b for a, b in zip(drawn, [f for t in model for f in t.drawn()], strict=True))
+    assert not any(t.given for t in model)
+    torch.testing.assert_close(kl, rf.kl(model))
+    weights = [torch.randn_like(f) for f in drawn]
+    loss = 3 * kl + sum((f.square() * w).sum() for f, w in zip(drawn, weights, strict=True))
+    found = torch.autograd.grad(loss, parameters)
+    means = [m for t in model for m in t.factors]
+    stds = [s.exp() if len(t.log_stds) else 0.0 for t in model for s in (t.log_stds or t.factors)]
+    noise = [
+        (f - m).detach() / (s.detach() if posterior != rf.Point() else 1.0)
+        for f, m, s in zip(drawn, means, stds, strict=True)
+    ]
+    again = [m + s * e for m, s, e in zip(means, stds, noise, strict=True)]
+    expected = 3 * rf.kl(model) + sum((f.square() * w).sum() for f, w in zip(again, weights, strict=True))
+    torch.testing.assert_close(found, torch.autograd.grad(expected, parameters))
+
+
+def test_a_joint_draw_ends_with_an_error():
+    model = two_layers()
+    with pytest.raises(KeyError), JointDraw(model)():
+        raise KeyError
+    x = torch.randn(3, 12)
+    assert not torch.equal(model(x), model(x))
+
+
+def test_joint_draws_have_the_spread_of_the_posterior():
+    model = two_layers()
+    tensor = model[0].weight
+    draw = JointDraw(model)
+    with torch.no_grad():
+        tensor.log_stds[0].copy_(torch.linspace(-3, 1, tensor.log_stds[0].numel()).view(tensor.log_stds[0].shape))
+        drawn = []
+        for _ in range(4000):
+            with draw():
+                drawn.append(tensor.drawn()[0])
+    drawn = torch.stack(drawn)
+    torch.testing.assert_close(drawn.std(0), tensor.log_stds[0].exp(), rtol=0.1, atol=0)
+    assert bool(((drawn.mean(0) - tensor.factors[0]).abs() < 5 * tensor.log_stds[0].exp() / 4000**0.5).all())
