@@ -40,11 +40,15 @@ class LowRankTensor(nn.Module):
         prior: The hyperprior of the prior scales; lower its scale to shrink harder.
         posterior: rf.MeanField learns a standard deviation per entry; rf.Point saves that memory.
         initial_std: Root mean square of the entries of dense() at the start; None for sqrt(2 / (rows + columns)).
+        initial_share: What part of the variance of a factor's entries is the same for all digits of a row at the start,
+            where rows have several digits. At 0 a digit by itself says nothing, for on average over the other digits
+            its factor is multiplied by zero, and learning has to find out of that first.
         device: Where the factors live.
         dtype: Their type, a floating one.
 
     Raises:
-        ValueError: If the format cannot take the shape, or `initial_std` is not positive.
+        ValueError: If the format cannot take the shape, `initial_std` is not positive, or `initial_share` not from 0 to
+            1.
 
     Attributes:
         factors: The factors, or their posterior means: an nn.ParameterList.
@@ -61,6 +65,7 @@ class LowRankTensor(nn.Module):
         prior: Prior | None = None,
         posterior: Posterior | None = None,
         initial_std: float | None = None,
+        initial_share: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -76,9 +81,11 @@ class LowRankTensor(nn.Module):
             initial_std = math.sqrt(2 / (self.shape[0] + math.prod(self.shape[1:])))
         if not initial_std > 0:
             raise ValueError(f"initial_std must be positive, got {initial_std}. Pass None for the default.")
+        if not 0 <= initial_share <= 1:
+            raise ValueError(f"initial_share must be from 0 to 1, got {initial_share}. 0 shares nothing.")
         shapes = self.layout.factor_shapes(format.start_ranks(self.layout))
         self.factors = nn.ParameterList(torch.empty(s, device=device, dtype=dtype) for s in shapes)
-        self._initialise(initial_std)
+        self._initialise(initial_std, initial_share)
         self.log_stds = nn.ParameterList(self._initial_log_stds())
         self.register_load_state_dict_pre_hook(_resize_to_incoming)
 
@@ -333,11 +340,16 @@ class LowRankTensor(nn.Module):
         return f"{type(self.format).__name__}, modes={modes}, ranks={self.ranks}"
 
     @torch.no_grad()
-    def _initialise(self, std: float) -> None:
+    def _initialise(self, std: float, share: float) -> None:
         if self.factors[0].is_meta:
             return
-        for factor in self.factors:
+        digits = {name for name in self.layout.axes[0] if self.layout.mode_sizes[name] > 1}
+        for axes, factor in zip(self.layout.factors, self.factors, strict=True):
             nn.init.trunc_normal_(factor, a=-_TRUNCATION, b=_TRUNCATION)
+            if share and len(digits) > 1 and digits & set(axes):
+                same = factor.new_empty([1 if name in digits else n for name, n in zip(axes, factor.shape, strict=True)])
+                nn.init.trunc_normal_(same, a=-_TRUNCATION, b=_TRUNCATION)
+                factor.mul_(math.sqrt(1 - share)).add_(same, alpha=math.sqrt(share))
         # Rescaled to the wanted size draw by draw: products of many random factors scatter over decades.
         wide = [f.double() for f in self.factors]
         mean_square = float(_contract.squared_norm(self.layout, wide)) / math.prod(self.layout.padded_shape)

@@ -307,3 +307,25 @@ def test_a_row_is_looked_up_once(monkeypatch):
 def test_modes_given_may_pad_a_little():
     assert rf.TTM(2, out_modes=(10, 10), in_modes=(2, 4)).layout((97, 8)).padded_shape == (100, 8)
     check_rows(make(rf.TTM(2, out_modes=(10, 10), in_modes=(2, 4)), (97, 8)), torch.tensor([96, 0, 50]))
+
+
+def test_digits_of_an_id_speak_from_the_start(kind):
+    """The mean over all other digits of what a digit says varies from digit to digit."""
+    torch.manual_seed(0)
+    format = kind(3) if kind is rf.CP else kind(3, out_modes=(12, 12), in_modes=(2, 4))
+    table = rf.nn.Embedding(144, 8, format=format)
+    weight = table.weight.dense().detach()
+    assert float(weight.square().mean()) == pytest.approx(1.0, rel=1e-3)
+    first, last = table.weight.layout.modes[0][0], weight.shape[0] // table.weight.layout.modes[0][0]
+    rows = weight.view(first, last, 8)
+    for mean in (rows.mean(0), rows.mean(1)):
+        # Without anything shared the mean over 12 digits has a variance of 1/12 only, noise included.
+        assert float(mean.square().mean()) > 0.4
+    assert float(rows.var()) > 0.1
+
+
+def test_rows_of_one_digit_share_nothing():
+    torch.manual_seed(0)
+    table = rf.nn.Embedding(400, 8, format=rf.TTM(3, out_modes=(400, 1), in_modes=(2, 4)))
+    weight = table.weight.dense().detach()
+    assert float(weight.mean(0).square().mean()) < 0.05

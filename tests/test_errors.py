@@ -131,6 +131,11 @@ CASES = {
         ValueError,
         "initial_std must be positive, got -1.0. Pass None for the default.",
     ),
+    "initial share": (
+        lambda: rf.LowRankTensor((4, 6), rf.TT(2), initial_share=1.5),
+        ValueError,
+        "initial_share must be from 0 to 1, got 1.5. 0 shares nothing.",
+    ),
     "infinite weight": (
         lambda: rf.LowRankTensor.from_dense(with_value(float("inf")), rf.TT(2)),
         ValueError,

@@ -16,6 +16,8 @@ from rankfall._tensor import LowRankTensor
 
 _Device: TypeAlias = torch.device | str | None
 _STD = 1.0  # torch starts its embeddings from N(0, 1).
+# A digit of a row's id should have something to say from the start, whatever the others are.
+_SHARE = 0.9
 
 
 class Embedding(nn.Module):
@@ -290,7 +292,14 @@ def _table(
     dtype: torch.dtype | None,
 ) -> LowRankTensor:
     return LowRankTensor(
-        (rows, width), format, prior=prior, posterior=posterior, initial_std=_STD, device=device, dtype=dtype
+        (rows, width),
+        format,
+        prior=prior,
+        posterior=posterior,
+        initial_std=_STD,
+        initial_share=_SHARE,
+        device=device,
+        dtype=dtype,
     )
 
 
