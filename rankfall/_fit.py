@@ -181,6 +181,15 @@ def make_accelerator() -> "Accelerator":
     return Accelerator(cpu=number_started() > 1 and not torch.cuda.is_available())
 
 
+def join_processes() -> Processes:
+    """The processes that were started together with this one.
+
+    Raises:
+        ValueError: As for `processes_of`.
+    """
+    return processes_of(make_accelerator()) if number_started() > 1 else Processes()
+
+
 def processes_of(accelerator: "Accelerator") -> Processes:
     """The processes that an accelerator has joined.
 

@@ -21,6 +21,17 @@ def number_started() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_first_started() -> bool:
+    """Whether this is the process that prints, also before it has joined the others."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def leave() -> None:
+    """Leaves the processes of the run, at its end."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def is_elsewhere(error: Exception) -> bool:
     """Whether an error came about on another process, which reports it."""
     return any(note.startswith(_ELSEWHERE) for note in getattr(error, "__notes__", ()))

@@ -1,6 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """One model trained by two processes; tests/two_processes.py is what they run."""
 
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,12 +17,33 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Rando
 
 import rankfall as rf
 import two_processes
+from rankfall import cli
 from rankfall._fit import processes_of
 from rankfall._processes import Processes
 from rankfall._shards import NO_BATCH, Shard
 from rankfall.recipes._data import Data
+from rankfall.recipes._options import TrainOptions
 
 UNTIMED = {"seconds": 0, "selection_seconds": 0}
+RUN = ["train", "digits", "--method", "shrinkage", "--epochs", "8", "--limit", "500", "--threshold", "0.5"]
+# The command line, with one process killed as its epoch begins.
+KILLED = """
+import os, signal, sys
+from rankfall import _resume
+from rankfall.cli import main
+
+victim, epochs = sys.argv.pop(1), int(sys.argv.pop(1))
+start, calls = _resume.RunState.start_epoch, []
+
+def counted(state, processes):
+    calls.append(1)
+    if os.environ["RANK"] == victim and len(calls) > epochs:
+        os.kill(os.getpid(), signal.SIGKILL)
+    start(state, processes)
+
+_resume.RunState.start_epoch = counted
+main()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -282,3 +309,68 @@ def test_alone_nothing_is_sent():
     alone.new_noise()
     with alone.own_noise():
         assert torch.equal(torch.get_rng_state(), before)
+
+
+def torchrun(*arguments: str) -> tuple[int, str, str]:
+    """Exit code, output and errors of two processes; if they hang, the test fails."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+    try:
+        output, errors = process.communicate(timeout=two_processes.LIMIT)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # It takes its processes with it.
+        process.communicate(timeout=60)
+        raise
+    return process.returncode, output, errors
+
+
+def test_killed_processes_lose_nothing_on_the_command_line(tmp_path, monkeypatch):
+    """Of a run of eight epochs the second process is killed after three, then the first one after three more."""
+    monkeypatch.chdir(tmp_path)
+    Path("killed.py").write_text(KILLED)
+    code, output, errors = torchrun("-m", "rankfall", *RUN, "--out", "whole")
+    assert code == 0, errors
+    assert output.count("whole model") == output.count("run folder: whole") == output.count("epoch 8/8") == 1
+    for victim, resume in (("1", []), ("0", ["--resume"])):
+        code, _, errors = torchrun("killed.py", victim, "3", *RUN, "--out", "cut", *resume)
+        assert code != 0
+        assert f"exitcode  : -{signal.SIGKILL.value}" in errors
+        assert not Path("cut/metrics.json").exists()
+    assert len(Path("cut/history.jsonl").read_text().splitlines()) == 6
+    code, _, errors = torchrun("-m", "rankfall", *RUN, "--out", "cut", "--resume")
+    assert code == 0, errors
+    assert sorted(p.name for p in Path("cut").iterdir()) == sorted(p.name for p in Path("whole").iterdir())
+    assert Path("cut/model.safetensors").read_bytes() == Path("whole/model.safetensors").read_bytes()
+    whole, cut = (
+        [json.loads(line) | UNTIMED for line in Path(folder, "history.jsonl").read_text().splitlines()]
+        for folder in ("whole", "cut")
+    )
+    assert whole == cut
+    assert whole[-1]["ranks"] != whole[0]["ranks"], "no cut: a weaker test"
+
+
+def test_an_error_before_training_ends_all_processes_with_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, errors = torchrun("-m", "rankfall", "train", "digits", "--epochs", "0")
+    assert code == 1
+    assert errors.count("rankfall: ") == 1
+    assert "rankfall: --epochs must be 1 or more, got 0." in errors
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_commands_run_on_one_process():
+    with pytest.raises(ValueError, match=r"2 processes were started, and only `rankfall train` runs on several. Start"):
+        cli._check_processes(cli.PlanOptions("my_net:make"), 2)
+    cli._check_processes(TrainOptions("digits"), 2)
+
+
+def test_others_are_quiet_about_a_wrong_argument(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(cli, "_OTHERS_SPEAK", 0)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "digits", "--format", "svd"])
+    assert stop.value.code == 2
+    assert capsys.readouterr() == ("", "")
