@@ -62,6 +62,11 @@ def fit(  # noqa: PLR0913  one call with defaults is what a reference loop is fo
     A model without low-rank tensors is trained on its NLL alone, so that the dense twin of a comparison uses the same
     loop. Devices and mixed precision come from Accelerate; the KL stays in float32.
 
+    Several processes, started by torchrun or `accelerate launch`, train one model: call it in the same way on each.
+    They begin as the first one does, whatever their seeds. Each step is that of the mean over all their examples, each
+    process drawing its own noise, and they decide on ranks together, so that factors, ranks and history are the same
+    everywhere. After each epoch all take over the state of the first one, statistics of batch normalisation included.
+
     Example:
         >>> model = nn.Sequential(rf.nn.Linear(4, 8, format=rf.TTM(4)), nn.Tanh(), nn.Linear(8, 1))
         >>> x = torch.randn(64, 4)
@@ -79,22 +84,26 @@ def fit(  # noqa: PLR0913  one call with defaults is what a reference loop is fo
 
     Args:
         model: Any module, moved to Accelerate's device.
-        loader: Batches, as often as it is iterated: a DataLoader or a list; tensors are moved to the device.
+        loader: Batches, as often as it is iterated: a DataLoader or a list; tensors are moved to the device. Pass the
+            whole of it on every process. They take its batches in turn, so that a step is made on as many batches as
+            there are processes: of half the size on two, it is the step that one makes.
         nll: nll(model, batch) returns the negative log likelihood of each datum of the batch in nats, shape (n,).
         epochs: Passes over the loader, all in all: a resumed run does what is left.
-        num_data: Size of the training set.
+        num_data: Size of the whole training set.
         optimizer: Any torch optimizer over the model's parameters; None for Adam on `rf.parameter_groups(model, 1e-3)`.
         beta: Weight of the KL; 1 is the evidence lower bound.
         kl_warmup: Epochs over which that weight rises from 0, so that the data speaks first; no cut happens in them.
             None for a twentieth of the run.
         selection: When and how ranks change: rf.Evidence(), rf.Shrinkage(threshold), or None for fixed ranks.
         scheduler: Stepped once an epoch; None for a cosine from the optimizer's learning rate to 0.
-        evaluate: Called after each epoch in eval mode without gradients; what it returns joins the record.
-        on_epoch: Called after each epoch with the history so far, once the checkpoint is safe.
+        evaluate: Called after each epoch in eval mode without gradients, on every process; what it returns on the
+            first one joins the record.
+        on_epoch: Called after each epoch with the history so far, once the checkpoint is safe, on the first process.
         checkpoint: File that the whole state is written to after each epoch, whole or not at all. If it is there at
-            the start, training goes on from it and ends as the uninterrupted run would have.
+            the start, training goes on from it and ends as the uninterrupted run would have. Only the first process
+            writes and reads it. Another number of processes may go on from it, though not to the same bits.
         accelerator: An accelerate.Accelerator for a device, mixed precision or seed of your choice.
-        progress: Whether a progress bar is shown.
+        progress: Whether a progress bar is shown, by the first process.
 
     Returns:
         One record per epoch: epoch, loss, nll (mean, nats) and its standard error nll_error, kl (nats), lr, parameters,
@@ -103,8 +112,9 @@ def fit(  # noqa: PLR0913  one call with defaults is what a reference loop is fo
         and its cuts, as rf.RankChange has them.
 
     Raises:
-        ValueError: If an argument is out of range, `nll` returns another shape, the loss stops being finite, or the
-            checkpoint is of another run.
+        ValueError: If an argument is out of range, `nll` returns another shape, the loss stops being finite, the
+            checkpoint is of another run, or processes have different models, sparse gradients, a loader that has been
+            dealt out already, or an accelerator that does not know of all of them.
         ImportError: If accelerate is not installed.
     """
     kl_warmup = epochs // _WARMUP_PART if kl_warmup is None else kl_warmup

@@ -248,6 +248,22 @@ def evaluate_fails_on_the_second(index: int, folder: Path):
     return fit(model_of(0), evaluate=lambda: {"accuracy": 1 / (1 - index)})
 
 
+class Strange(Exception):
+    """An error that cannot be sent as it is."""
+
+    def __init__(self, this: str, that: str) -> None:
+        super().__init__(f"{this} and {that}")
+
+
+def strange_error(index: int, folder: Path):
+    def evaluate():
+        if index == 1:
+            raise Strange("this", "that")
+        return {}
+
+    return fit(model_of(0), evaluate=evaluate)
+
+
 def damaged_checkpoint(index: int, folder: Path):
     (folder / "damaged.pt").write_bytes(b"no zip file")
     return fit(model_of(0), checkpoint=folder / "damaged.pt")
