@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from rankfall._elbo import check_weights
 from rankfall._formats import CP, TR
-from rankfall._losses import Batches, Losses, weigh
+from rankfall._losses import Agree, Batches, Losses, Verdict, weigh
 from rankfall._tensor import LowRankTensor
 from rankfall._walk import finite_tensors, layer_path, low_rank_tensors
 
@@ -51,6 +51,16 @@ class _Test:
     num_data: int
     beta: float
     z: float
+    agree: Agree = list
+
+    def saved(self, before: float, tensor: LowRankTensor) -> float:
+        """What the prior side gains by a tensor as it is, against what it charged before."""
+        (value,) = self.agree([self.beta * (before - _worth(tensor, self.num_data))])
+        return value
+
+    def weigh(self, one: Losses, other: Losses, saved: float, z: float = 0.0) -> Verdict:
+        """Whether the data lose less by `one` against `other` than is saved."""
+        return weigh(one, other, self.num_data, saved, z, self.agree)
 
     def losses(self) -> Losses:
         """Those of the model as it is."""
@@ -151,17 +161,19 @@ def search_ranks_(
     beta: float,
     z: float,
     max_cut: float,
+    agree: Agree = list,
 ) -> tuple[list[RankChange], list[RankChange]]:
     """`select_ranks_`, and what nearly passed: of every other bond its best cut, with the cost that is expected.
 
     `batches` give the NLL of each example by the batch. As many of them are asked as a decision needs: most cuts cost
-    far more, or far less, than they save, and the first ones say so.
+    far more, or far less, than they save, and the first ones say so. Where several processes search together, `batches`
+    give the same numbers on each, and `agree` makes one number of those that each has worked out for itself.
     """
     check_weights(num_data, beta)
     if not z >= 0 or not 0 < max_cut <= 1:
         raise ValueError(f"z must be 0 or more and max_cut above 0 and up to 1, got z={z} and max_cut={max_cut}.")
     tensors = finite_tensors(model, "select ranks of")
-    test = _Test(batches, num_data, beta, z)
+    test = _Test(batches, num_data, beta, z, agree)
     changes: list[RankChange] = []
     misses: list[RankChange] = []
     with torch.no_grad(), _evaluating(model):
@@ -253,7 +265,7 @@ def _select(
             else:
                 missed.append(RankChange(name, bond, rank, best.rank, best.cost, best.saved))
         # Turning the slices has its price, since correlations of the posterior are dropped; cuts have to bear it too.
-        saved = test.beta * (before - _worth(tensor, test.num_data))
+        saved = test.saved(before, tensor)
     if saved > sum(change.nll_cost for change in found):
         return found, missed, base
     return [], missed, uncut
@@ -285,12 +297,12 @@ def _best_rank(tensor: LowRankTensor, bond: str, test: _Test, base: Losses, leas
     def at(rank: int) -> _Candidate:
         with _trying(tensor):
             _reduce(tensor, bond, rank, None)
-            saved = test.beta * (worth - _worth(tensor, test.num_data))
+            saved = test.saved(worth, tensor)
             held = partial(_holding, tensor, [p.data for p in tensor.parameters()])
         return _Candidate(rank, saved, Losses(test.batches, held))
 
     def gains_more(one: _Candidate, losses: Losses, saved: float) -> bool:
-        return weigh(one.losses, losses, test.num_data, one.saved - saved).is_less
+        return test.weigh(one.losses, losses, one.saved - saved).is_less
 
     low, high = least, single
     # Most bonds lose nothing, so a single slice is tried first; bisection follows only if that pays.
@@ -303,7 +315,7 @@ def _best_rank(tensor: LowRankTensor, bond: str, test: _Test, base: Losses, leas
         else:
             low = middle + 1
     best = at(high)
-    verdict = weigh(best.losses, base, test.num_data, best.saved, test.z)
+    verdict = test.weigh(best.losses, base, best.saved, test.z)
     return _Weighed(best.rank, verdict.expected, verdict.bound, best.saved, verdict.is_less)
 
 

@@ -2,7 +2,6 @@
 """The reference training loop: the evidence lower bound, its warm-up, and cuts between steps."""
 
 import math
-import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,23 +15,23 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 from rankfall._elbo import JointDraw, check_weights
-from rankfall._files import write_atomic
 from rankfall._groups import parameter_groups
 from rankfall._losses import Batches
+from rankfall._processes import Processes, number_started
 from rankfall._progress import ProgressBar
 from rankfall._ranks import ranks
+from rankfall._resume import Record, RunState
 from rankfall._selection import Evidence, Selection, Training, select_
-from rankfall._states import check_state
+from rankfall._shards import NO_BATCH, Shard
+from rankfall._sharing import share_buffers_
 from rankfall._summary import summary
 from rankfall._walk import low_rank_tensors
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from accelerate.optimizer import AcceleratedOptimizer
 
 Batch: TypeAlias = Any
 NLL: TypeAlias = Callable[[nn.Module, Batch], Tensor]
-Record: TypeAlias = dict[str, Any]
 
 # How often a loss on an accelerator is looked at: every look makes the host wait for the device.
 _STEPS_BETWEEN_CHECKS = 50
@@ -63,6 +62,11 @@ def fit(  # noqa: PLR0913  one call with defaults is what a reference loop is fo
     A model without low-rank tensors is trained on its NLL alone, so that the dense twin of a comparison uses the same
     loop. Devices and mixed precision come from Accelerate; the KL stays in float32.
 
+    Several processes, started by torchrun or `accelerate launch`, train one model: call it in the same way on each.
+    They begin as the first one does, whatever their seeds. Each step is that of the mean over all their examples, each
+    process drawing its own noise, and they decide on ranks together, so that factors, ranks and history are the same
+    everywhere. After each epoch all take over the state of the first one, statistics of batch normalisation included.
+
     Example:
         >>> model = nn.Sequential(rf.nn.Linear(4, 8, format=rf.TTM(4)), nn.Tanh(), nn.Linear(8, 1))
         >>> x = torch.randn(64, 4)
@@ -80,22 +84,26 @@ def fit(  # noqa: PLR0913  one call with defaults is what a reference loop is fo
 
     Args:
         model: Any module, moved to Accelerate's device.
-        loader: Batches, as often as it is iterated: a DataLoader or a list; tensors are moved to the device.
+        loader: Batches, as often as it is iterated: a DataLoader or a list; tensors are moved to the device. Pass the
+            whole of it on every process. They take its batches in turn, so that a step is made on as many batches as
+            there are processes: of half the size on two, it is the step that one makes.
         nll: nll(model, batch) returns the negative log likelihood of each datum of the batch in nats, shape (n,).
         epochs: Passes over the loader, all in all: a resumed run does what is left.
-        num_data: Size of the training set.
+        num_data: Size of the whole training set.
         optimizer: Any torch optimizer over the model's parameters; None for Adam on `rf.parameter_groups(model, 1e-3)`.
         beta: Weight of the KL; 1 is the evidence lower bound.
         kl_warmup: Epochs over which that weight rises from 0, so that the data speaks first; no cut happens in them.
             None for a twentieth of the run.
         selection: When and how ranks change: rf.Evidence(), rf.Shrinkage(threshold), or None for fixed ranks.
         scheduler: Stepped once an epoch; None for a cosine from the optimizer's learning rate to 0.
-        evaluate: Called after each epoch in eval mode without gradients; what it returns joins the record.
-        on_epoch: Called after each epoch with the history so far, once the checkpoint is safe.
+        evaluate: Called after each epoch in eval mode without gradients, on every process; what it returns on the
+            first one joins the record.
+        on_epoch: Called after each epoch with the history so far, once the checkpoint is safe, on the first process.
         checkpoint: File that the whole state is written to after each epoch, whole or not at all. If it is there at
-            the start, training goes on from it and ends as the uninterrupted run would have.
+            the start, training goes on from it and ends as the uninterrupted run would have. Only the first process
+            writes and reads it. Another number of processes may go on from it, though not to the same bits.
         accelerator: An accelerate.Accelerator for a device, mixed precision or seed of your choice.
-        progress: Whether a progress bar is shown.
+        progress: Whether a progress bar is shown, by the first process.
 
     Returns:
         One record per epoch: epoch, loss, nll (mean, nats) and its standard error nll_error, kl (nats), lr, parameters,
@@ -104,47 +112,54 @@ def fit(  # noqa: PLR0913  one call with defaults is what a reference loop is fo
         and its cuts, as rf.RankChange has them.
 
     Raises:
-        ValueError: If an argument is out of range, `nll` returns another shape, the loss stops being finite, or the
-            checkpoint is of another run.
+        ValueError: If an argument is out of range, `nll` returns another shape, the loss stops being finite, the
+            checkpoint is of another run, or processes have different models, sparse gradients, a loader that has been
+            dealt out already, or an accelerator that does not know of all of them.
         ImportError: If accelerate is not installed.
     """
     kl_warmup = epochs // _WARMUP_PART if kl_warmup is None else kl_warmup
     _check_arguments(epochs, num_data, beta, kl_warmup)
-    if checkpoint is not None and not Path(checkpoint).parent.is_dir():
-        raise ValueError(f"no folder {Path(checkpoint).parent} for the checkpoint. Make it first.")
-    accelerator = _make_accelerator() if accelerator is None else accelerator
-    if accelerator.num_processes > 1:
-        raise ValueError("rf.fit runs on one process; start it without torchrun or `accelerate launch`.")
+    accelerator = make_accelerator() if accelerator is None else accelerator
+    processes = processes_of(accelerator)
+    processes.on_first(lambda: _check_folder(checkpoint))
+    batches = Shard(loader, processes)
     optimizer = torch.optim.Adam(parameter_groups(model, _LR)) if optimizer is None else optimizer
     scheduler = CosineAnnealingLR(optimizer, T_max=max(epochs, 1)) if scheduler is None else scheduler
     has_kl = any(low_rank_tensors(model))
-    state = _State(model, optimizer, scheduler, loader, epochs)
-    history = state.restore(checkpoint)
-    training = Training(epochs, kl_warmup, num_data, beta, partial(_sample, model, loader, nll, accelerator))
+    state = RunState(model, optimizer, scheduler, loader, epochs)
+    state.check_alike(processes)
+    history = processes.from_first(lambda: state.restore(checkpoint))
+    sample = partial(_sample, model, batches, nll, accelerator, processes)
+    training = Training(epochs, kl_warmup, num_data, beta, sample, processes.agree)
     with (
         _prepared(accelerator, model, optimizer) as (prepared, stepper),
-        ProgressBar(epochs, len(history), shown=progress) as bar,
+        ProgressBar(epochs, len(history), shown=progress and processes.is_first) as bar,
     ):
+        state.share_(processes)
         for epoch in range(len(history), epochs):
             started = time.perf_counter()
             warm = beta * min(1.0, epoch / kl_warmup) if kl_warmup else beta
-            objective = _Objective(prepared, nll, warm / num_data if has_kl else None, accelerator, epoch)
-            record = {"epoch": epoch, **_train_epoch(objective, loader, stepper), "lr": scheduler.get_last_lr()[0]}
+            kl_weight = warm / num_data if has_kl else None
+            objective = _Objective(prepared, nll, kl_weight, accelerator, processes, epoch)
+            state.start_epoch(processes)
+            record = {"epoch": epoch, **_train_epoch(objective, batches, stepper), "lr": scheduler.get_last_lr()[0]}
             scheduler.step()
             record["ranks"] = ranks(model)
             if selection is not None and has_kl:
                 trained = time.perf_counter()
+                share_buffers_(model, processes)
                 record |= select_(selection, model, optimizer, [*history, record], training)
                 record["selection_seconds"] = time.perf_counter() - trained
+            state.share_(processes)
             counts = summary(model)
             record |= {"parameters": counts.parameters, "compression": counts.compression, "ranks": ranks(model)}
             record["seconds"] = time.perf_counter() - started
             if evaluate is not None:
-                record |= _evaluated(model, evaluate)
-            history.append(record)
-            state.save(checkpoint, history)
+                record |= processes.together(partial(_evaluated, model, evaluate))
+            history.append(processes.from_first(lambda record=record: record))
+            processes.on_first(lambda: state.save(checkpoint, history))
             if on_epoch is not None:
-                on_epoch(history)
+                processes.on_first(lambda: on_epoch(history))
             bar.show(record)
     return history
 
@@ -157,20 +172,64 @@ def _check_arguments(epochs: int, num_data: int, beta: float, kl_warmup: int) ->
         raise ValueError(f"kl_warmup must be 0 epochs or more, got {kl_warmup}.")
 
 
-def _make_accelerator() -> "Accelerator":
+def _check_folder(checkpoint: Path | str | None) -> None:
+    if checkpoint is not None and not Path(checkpoint).parent.is_dir():
+        raise ValueError(f"no folder {Path(checkpoint).parent} for the checkpoint. Make it first.")
+
+
+def make_accelerator() -> "Accelerator":
+    """Accelerate's object for this process, which joins it to the others that were started with it.
+
+    Raises:
+        ImportError: If accelerate is not installed.
+    """
     try:
         from accelerate import Accelerator  # noqa: PLC0415  the core does not need it
     except ImportError as error:
         raise ImportError("rf.fit needs accelerate: pip install 'rankfall[train]'.") from error
-    return Accelerator()
+    # Accelerate does not look for other processes on a machine without GPU unless told to compute on the CPU.
+    return Accelerator(cpu=number_started() > 1 and not torch.cuda.is_available())
+
+
+def join_processes() -> Processes:
+    """The processes that were started together with this one.
+
+    Raises:
+        ValueError: As for `processes_of`.
+    """
+    return processes_of(make_accelerator()) if number_started() > 1 else Processes()
+
+
+def processes_of(accelerator: "Accelerator") -> Processes:
+    """The processes that an accelerator has joined.
+
+    Raises:
+        ValueError: If it has joined others than were started, or shards the model.
+    """
+    kind = accelerator.distributed_type.value
+    if accelerator.num_processes == 1:
+        if number_started() > 1:
+            raise ValueError(
+                f"{number_started()} processes were started (WORLD_SIZE), but the accelerator knows of one. "
+                "Without a GPU for each, pass rf.fit accelerator=Accelerator(cpu=True)."
+            )
+        return Processes()
+    if not kind.startswith("MULTI_"):
+        raise ValueError(
+            f"rf.fit trains a whole model on every process, and Accelerate is set to {kind}, which splits it. "
+            "Start it by torchrun, or by `accelerate launch --multi_gpu`."
+        )
+    return Processes(accelerator.num_processes, accelerator.process_index, accelerator.device)
 
 
 @contextmanager
 def _prepared(
     accelerator: "Accelerator", model: nn.Module, optimizer: Optimizer
-) -> Iterator[tuple[nn.Module, "AcceleratedOptimizer"]]:
+) -> Iterator[tuple[nn.Module, Optimizer]]:
     """Model and optimizer as Accelerate wants them; afterwards the model's forward is its own again."""
-    prepared, stepper = accelerator.prepare(model, optimizer)
+    # "Evaluation" leaves out nothing but the wrapper for several processes; Processes.average_ says why.
+    prepared = accelerator.prepare_model(model, evaluation_mode=True)
+    stepper = accelerator.prepare_optimizer(optimizer)
     try:
         yield prepared, stepper
     finally:
@@ -181,9 +240,16 @@ class _Objective:
     """The loss of one batch in one epoch, checked."""
 
     def __init__(
-        self, model: nn.Module, nll: NLL, kl_weight: float | None, accelerator: "Accelerator", epoch: int
+        self,
+        model: nn.Module,
+        nll: NLL,
+        kl_weight: float | None,
+        accelerator: "Accelerator",
+        processes: Processes,
+        epoch: int,
     ) -> None:
-        self.model, self.nll, self.kl_weight, self.accelerator, self.epoch = model, nll, kl_weight, accelerator, epoch
+        self.model, self.nll, self.kl_weight = model, nll, kl_weight
+        self.accelerator, self.processes, self.epoch = accelerator, processes, epoch
         self.draw = None if kl_weight is None else JointDraw(model)
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -211,57 +277,91 @@ class _Objective:
         if loss.device.type != "cpu" and step % _STEPS_BETWEEN_CHECKS:
             return
         if not bool(torch.isfinite(loss)):
-            broken = [n for n, p in self.model.named_parameters() if not bool(torch.isfinite(p).all())]
-            where = (
-                f"{broken[0]!r} is no longer finite"
-                if broken
-                else "all parameters are still finite, so look at nll and the data"
-            )
-            raise ValueError(
-                f"the loss became {loss.item()} in epoch {self.epoch + 1}, step {step + 1}: {where}. "
-                "Lower the learning rate, or check the inputs for NaN."
-            )
+            # All processes have this loss, and one report is enough.
+            self.processes.on_first(lambda: self._refuse(loss, step))
+
+    def _refuse(self, loss: Tensor, step: int) -> None:
+        broken = [n for n, p in self.model.named_parameters() if not bool(torch.isfinite(p).all())]
+        where = (
+            f"{broken[0]!r} is no longer finite"
+            if broken
+            else "all parameters are still finite, so look at nll and the data"
+        )
+        raise ValueError(
+            f"the loss became {loss.item()} in epoch {self.epoch + 1}, step {step + 1}: {where}. "
+            "Lower the learning rate, or check the inputs for NaN."
+        )
 
 
-def _train_epoch(objective: _Objective, loader: Iterable[Batch], optimizer: "AcceleratedOptimizer") -> Record:
+class _Sums:
+    """What an epoch adds up."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.nll, self.square, self.loss, self.kl = (torch.zeros((), device=device) for _ in range(4))
+        self.examples = self.steps = 0
+
+    def add(self, each: Tensor, loss: Tensor) -> None:
+        """One step: the NLL of this process's examples, and the loss of all of them."""
+        self.nll += each.sum()
+        self.square += each.square().sum()
+        self.loss += loss
+        self.examples += len(each)
+        self.steps += 1
+
+    def record(self, processes: Processes) -> Record:
+        """Figures of the examples of all processes, the same on each."""
+        total, squared, count = processes.total([float(self.nll), float(self.square), self.examples])
+        mean = total / count
+        spread = math.sqrt(max(squared / count - mean**2, 0.0) / count)
+        figures = {"loss": float(self.loss) / self.steps, "nll": mean, "nll_error": spread, "kl": float(self.kl)}
+        return processes.from_first(lambda: figures)
+
+
+def _train_epoch(objective: _Objective, batches: Shard, optimizer: Optimizer) -> Record:
     objective.model.train()
-    device = objective.accelerator.device
-    total, weighted, squared, divergence = (torch.zeros((), device=device) for _ in range(4))
-    count = steps = 0
-    for step, batch in enumerate(loader):
-        each, divergence, loss = objective(_to_device(batch, device))
-        objective.check(loss, step)
+    accelerator, processes = objective.accelerator, objective.processes
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    sums = _Sums(accelerator.device)
+    for step, batch in enumerate(batches):
         optimizer.zero_grad()
-        objective.accelerator.backward(loss)
+        each, loss = torch.zeros(0, device=accelerator.device), torch.zeros((), device=accelerator.device)
+        if batch is not NO_BATCH:
+            with processes.own_noise():
+                each, divergence, loss = objective(_to_device(batch, accelerator.device))
+                accelerator.backward(loss)
+            sums.kl = divergence.detach()
+        loss = processes.average_(parameters, loss.detach(), len(each))
+        objective.check(loss, step)
         optimizer.step()
-        weighted += each.detach().sum()
-        squared += each.detach().square().sum()
-        count += len(each)
-        total += loss.detach()
-        steps += 1
-    if steps == 0:
+        sums.add(each.detach(), loss)
+    if sums.steps == 0:
         raise ValueError("loader gave no batch. Pass a DataLoader or a list, which can be iterated again each epoch.")
-    objective.check(total, 0)
-    mean = float(weighted) / count
-    spread = math.sqrt(max(float(squared) / count - mean**2, 0.0) / count)
-    return {"loss": float(total) / steps, "nll": mean, "nll_error": spread, "kl": float(divergence.detach())}
+    objective.check(sums.loss, 0)
+    return sums.record(processes)
 
 
-def _sample(model: nn.Module, loader: Iterable[Batch], nll: NLL, accelerator: "Accelerator", examples: int) -> Batches:
-    """The NLL of each of so many examples by the batch, always the same ones: the first of a new pass over the data."""
+def _sample(
+    model: nn.Module, batches: Shard, nll: NLL, accelerator: "Accelerator", processes: Processes, examples: int
+) -> Batches:
+    """The NLL of each of so many examples by the batch, always the same ones: the first of a new pass over the data.
+
+    Each process computes that of its own batches, and all get what the others have found.
+    """
 
     def of(batch: Batch) -> Tensor:
+        if batch is NO_BATCH:
+            return processes.gather(torch.zeros(0, device=accelerator.device))
         with accelerator.autocast():
-            return nll(model, batch)
+            return processes.gather(nll(model, batch))
 
-    batches, count = [], 0
+    found, count = [], 0
     with torch.no_grad():
-        for batch in loader:
-            batches.append(partial(of, _to_device(batch, accelerator.device)))
-            count += len(batches[-1]())
+        for batch in batches:
+            found.append(partial(of, _to_device(batch, accelerator.device)))
+            count += len(found[-1]())
             if count >= examples:
                 break
-    return batches
+    return found
 
 
 def _to_device(batch: Batch, device: torch.device) -> Batch:
@@ -281,59 +381,3 @@ def _evaluated(model: nn.Module, evaluate: Callable[[], Mapping[str, float]]) ->
         return evaluate()
     finally:
         model.train()
-
-
-class _State:
-    """Everything an epoch depends on, to and from one file."""
-
-    def __init__(
-        self, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, loader: object, epochs: int
-    ) -> None:
-        self.model, self.optimizer = model, optimizer
-        self.parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-        self.generator = getattr(loader, "generator", None)
-        self.epochs = epochs
-
-    def save(self, path: Path | str | None, history: list[Record]) -> None:
-        if path is None:
-            return
-        state: Record = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {"epochs": self.epochs, "history": history, "random": self._random_states()}
-        write_atomic(path, lambda temporary: torch.save(state, temporary))
-
-    def restore(self, path: Path | str | None) -> list[Record]:
-        if path is None or not Path(path).exists():
-            return []
-        try:
-            state = torch.load(path, weights_only=True)
-            started, parts = state["epochs"], {name: state[name] for name in self.parts}
-        except Exception as error:
-            raise ValueError(
-                f"{path} is damaged or no checkpoint of rf.fit ({error}). Remove it to start anew."
-            ) from error
-        if started != self.epochs:
-            raise ValueError(f"{path} is of a run of {started} epochs, not {self.epochs}. Pass epochs={started}.")
-        check_state(self.model, parts["model"], path)
-        groups, saved = self.optimizer.param_groups, parts["optimizer"]["param_groups"]
-        if [len(g["params"]) for g in groups] != [len(g["params"]) for g in saved]:
-            raise ValueError(f"{path} is of an optimizer with other parameter groups. Make the optimizer as before.")
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
-        self._set_random_states(state["random"])
-        return state["history"]
-
-    def _random_states(self) -> Record:
-        return {
-            "python": random.getstate(),
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            "loader": None if self.generator is None else self.generator.get_state(),
-        }
-
-    def _set_random_states(self, states: Record) -> None:
-        random.setstate(states["python"])
-        torch.set_rng_state(states["torch"])
-        if torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(states["cuda"])
-        if self.generator is not None and states["loader"] is not None:
-            self.generator.set_state(states["loader"])

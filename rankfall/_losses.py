@@ -11,6 +11,7 @@ from torch import Tensor
 
 Batches: TypeAlias = Sequence[Callable[[], Tensor]]
 State: TypeAlias = Callable[[], AbstractContextManager[object]]
+Agree: TypeAlias = Callable[[Sequence[float]], Sequence[float]]
 
 _FIRST_LOOK = 512  # Examples before the first decision; the next looks come at twice, four times as many, and so on.
 _SURE = 4.0  # Standard errors after which the rest of the sample is not asked.
@@ -53,18 +54,19 @@ class Verdict(NamedTuple):
     is_less: bool
 
 
-def weigh(one: Losses, other: Losses, num_data: int, limit: float, z: float = 0.0) -> Verdict:
+def weigh(one: Losses, other: Losses, num_data: int, limit: float, z: float = 0.0, agree: Agree = list) -> Verdict:
     """Whether N (mean(d) + z std(d) / sqrt(n)) < limit, d = NLL of `one` - NLL of `other`, paired by the example.
 
     The sample is asked in growing parts. Once the sum stands so far from the limit that sampling error is ruled out,
-    the rest is not asked, and the bound has that larger margin.
+    the rest is not asked, and the bound has that larger margin. `agree` makes of numbers those that every process of a
+    run goes by.
     """
     count, sure = _FIRST_LOOK, max(_SURE, z)
     while True:
         b, a = other.first(count), one.first(count)
         n = min(len(a), len(b))
         a, b = a[:n], b[:n]
-        expected, error = _mean(torch.where(a == b, 0.0, a - b), num_data)
+        expected, error = agree(_mean(torch.where(a == b, 0.0, a - b), num_data))
         if one.complete and other.complete:
             return Verdict(expected, expected + z * error, expected + z * error < limit)
         if abs(expected - limit) > sure * error:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from rankfall._evidence import RankChange, apply_, prior_side, search_ranks_, undo_
-from rankfall._losses import Batches
+from rankfall._losses import Agree, Batches
 from rankfall._ranks import check_threshold, grow_ranks_, prune_, ranks
 from rankfall._walk import low_rank_tensors
 
@@ -195,6 +195,7 @@ class Training:
     num_data: int
     beta: float
     sample: Callable[[int], Batches]
+    agree: Agree = list
 
 
 def select_(
@@ -230,6 +231,7 @@ def _ask_(
         beta=training.beta,
         z=policy.z,
         max_cut=policy.max_cut,
+        agree=training.agree,
     )
     if cuts:
         return {"selection": "cut", "cuts": [asdict(cut) for cut in cuts]}
@@ -242,7 +244,8 @@ def _ask_(
 
 
 def _prior_side(model: nn.Module, training: Training) -> float:
-    return prior_side(model, training.num_data, training.beta)
+    (value,) = training.agree([prior_side(model, training.num_data, training.beta)])
+    return value
 
 
 def _last_trial(history: Sequence[Record]) -> Record:

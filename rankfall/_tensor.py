@@ -347,7 +347,9 @@ class LowRankTensor(nn.Module):
         for axes, factor in zip(self.layout.factors, self.factors, strict=True):
             nn.init.trunc_normal_(factor, a=-_TRUNCATION, b=_TRUNCATION)
             if share and len(digits) > 1 and digits & set(axes):
-                same = factor.new_empty([1 if name in digits else n for name, n in zip(axes, factor.shape, strict=True)])
+                same = factor.new_empty(
+                    [1 if name in digits else n for name, n in zip(axes, factor.shape, strict=True)]
+                )
                 nn.init.trunc_normal_(same, a=-_TRUNCATION, b=_TRUNCATION)
                 factor.mul_(math.sqrt(1 - share)).add_(same, alpha=math.sqrt(share))
         # Rescaled to the wanted size draw by draw: products of many random factors scatter over decades.

@@ -2,9 +2,13 @@
 """The command line: `rankfall train`, `rankfall compare`, `rankfall plan` and `rankfall prepare`."""
 
 import importlib
+import io
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +18,10 @@ from rich.table import Column, Table
 from torch import nn
 
 from rankfall._costs import Example, costs
-from rankfall._machine import calibrate
+from rankfall._fit import join_processes
+from rankfall._machine import calibrate, use
 from rankfall._pages import keep_pages
+from rankfall._processes import is_elsewhere, is_first_started, leave
 from rankfall._summary import summary
 from rankfall.recipes._compare import CompareOptions, compare
 from rankfall.recipes._options import FormatName, TrainOptions, make_format
@@ -35,6 +41,7 @@ _HEADS = (
     "seconds",
 )
 _FILE_WIDTH = 160  # Columns of a table where there is no terminal.
+_OTHERS_SPEAK = 1.0  # Seconds. torchrun ends all processes as soon as one has ended, also the one that has the word.
 
 
 @dataclass(frozen=True)
@@ -57,31 +64,65 @@ class PlanOptions:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command; a wrong argument or file ends it with one line and exit code 2.
 
+    Of several processes that torchrun has started, the first one speaks.
+
     Args:
         arguments: The command line without the program's name; None for the real one.
     """
-    options = tyro.extras.subcommand_cli_from_dict(
+    options = _parsed(arguments)
+    keep_pages()
+    command, goes_on = _COMMANDS[type(options)]
+    try:
+        _start(options)
+        command(options)
+        leave()
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if is_elsewhere(error):
+            time.sleep(_OTHERS_SPEAK)
+        else:
+            print(f"rankfall: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        if is_first_started():
+            print(f"rankfall: interrupted; {goes_on}.", file=sys.stderr)
+        sys.exit(130)
+
+
+def _parsed(arguments: Sequence[str] | None) -> Any:  # noqa: ANN401  one of _COMMANDS
+    parse = partial(
+        tyro.extras.subcommand_cli_from_dict,
         {"train": TrainOptions, "compare": CompareOptions, "plan": PlanOptions, "prepare": PrepareOptions},
         prog="rankfall",
         description="Compact neural networks, trained end to end.",
         args=arguments,
     )
-    keep_pages()
+    if is_first_started():
+        return parse()
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        try:
+            return parse()
+        except SystemExit:
+            time.sleep(_OTHERS_SPEAK)
+            raise
+
+
+def _start(options: object) -> None:
+    """Joins the processes of a run, and finds out how fast the machine is, where that is asked."""
+    processes = join_processes()
+    processes.on_first(lambda: _check_processes(options, processes.count))
     if not isinstance(options, PrepareOptions):
-        calibrate(anew=isinstance(options, PlanOptions) and options.calibrate)
-    command, goes_on = _COMMANDS[type(options)]
-    try:
-        command(options)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        print(f"rankfall: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"rankfall: interrupted; {goes_on}.", file=sys.stderr)
-        sys.exit(130)
+        use(processes.from_first(lambda: calibrate(anew=isinstance(options, PlanOptions) and options.calibrate)))
+
+
+def _check_processes(options: object, count: int) -> None:
+    if count > 1 and not isinstance(options, TrainOptions):
+        raise ValueError(f"{count} processes were started, and only `rankfall train` runs on several. Start one.")
 
 
 def _train(options: TrainOptions) -> None:
     folder, model, metrics = train(options)
+    if not is_first_started():
+        return
     console = Console(highlight=False)
     print(summary(model))
     print()

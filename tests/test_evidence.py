@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The evidence test: what it cuts, what it leaves bit for bit, and what it refuses."""
 
+import copy
 import math
 from functools import partial
 
@@ -213,6 +214,28 @@ def test_batches_say_what_the_whole_says(posterior):
     assert whole[0] == {"r1": 3}
     # Slices that the teacher has are missed badly and others not at all, which a part of the data shows.
     assert batches[2] < 0.7 * whole[2]
+
+
+def test_decisions_go_by_the_numbers_agreed_on():
+    """Another process that is told the same numbers decides alike, whatever its own are."""
+    teacher = Teacher(rf.TTM, 2, 6, rf.Point())
+    teacher.train(15)
+    twin, told = copy.deepcopy(teacher.layer), []
+
+    def tell(values):
+        told.append(list(values))
+        return values
+
+    options = {"num_data": N, "beta": 1.0, "z": 2.0, "max_cut": 0.5}
+    decided = _evidence.search_ranks_(teacher.layer, None, batches=[teacher.nll], agree=tell, **options)
+    heard = iter(told)
+    of_twin = _evidence.search_ranks_(
+        twin, None, batches=[lambda: torch.rand(N)], agree=lambda _: next(heard), **options
+    )
+    assert of_twin == decided
+    assert decided[0]
+    assert next(heard, None) is None
+    assert rf.ranks(twin) == rf.ranks(teacher.layer)
 
 
 def test_at_most_the_given_part_of_a_bond_goes():

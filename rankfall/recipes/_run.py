@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from rankfall._checkpoint import load, save
 from rankfall._conversions import conversion_of
-from rankfall._fit import fit
+from rankfall._fit import fit, join_processes
 from rankfall._groups import parameter_groups
 from rankfall._posteriors import MeanField
+from rankfall._processes import Processes
 from rankfall._ranks import ranks
 from rankfall._summary import summary
 from rankfall._tensorize import tensorize_
@@ -40,6 +41,8 @@ _TEST_BATCHES = 8  # Batches of training that one forward pass takes when the te
 def train(options: TrainOptions, *, progress: bool = True) -> tuple[RunFolder, nn.Module, dict[str, Any]]:
     """Trains a recipe and writes its run folder; a finished run that is resumed is only read.
 
+    Of several processes that torchrun has started each trains on its part of the batches, and the first one writes.
+
     Args:
         options: The choices of the run.
         progress: Whether a progress bar is shown.
@@ -51,19 +54,39 @@ def train(options: TrainOptions, *, progress: bool = True) -> tuple[RunFolder, n
         ValueError: If an option is out of range, data is damaged, or the folder is taken. Nothing is written then.
         FileNotFoundError: If data is missing. Nothing is written then.
     """
-    options.check()
+    processes = join_processes()
+    folder = processes.from_first(lambda: _checked_folder(options))
     recipe = RECIPES[options.recipe]
     network = recipe.network(options.model, options.data_dir)
-    folder = RunFolder(options)
-    folder.check()
     random.seed(options.seed)
     torch.manual_seed(options.seed)
-    model = build_model(network, options)
-    if options.resume and folder.metrics.is_file():
+    model = processes.together(lambda: build_model(network, options))
+    if processes.from_first(lambda: options.resume and folder.metrics.is_file()):
         return folder, load(folder.model, model).eval(), json.loads(folder.metrics.read_text())
-    data = load_data(recipe, options)
-    folder.open()
-    history = _fit(network, options, model, data, folder, progress)
+    data = processes.together(lambda: load_data(recipe, options))
+    processes.on_first(folder.open)
+    history = _fit(network, options, model, data, folder, processes, progress)
+    metrics = processes.from_first(lambda: _finish(network, options, model, data, folder, history))
+    return folder, model.eval(), metrics
+
+
+def _checked_folder(options: TrainOptions) -> RunFolder:
+    options.check()
+    RECIPES[options.recipe].network(options.model, options.data_dir)
+    folder = RunFolder(options)
+    folder.check()
+    return folder
+
+
+def _finish(
+    network: Network,
+    options: TrainOptions,
+    model: nn.Module,
+    data: Data,
+    folder: RunFolder,
+    history: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """Writes what a run folder still lacks; returns the content of metrics.json."""
     folder.write_history(history)  # A run killed between its last checkpoint and the record of it lacks that one.
     save(model, folder.model)
     draw(history, folder.picture)
@@ -71,7 +94,7 @@ def train(options: TrainOptions, *, progress: bool = True) -> tuple[RunFolder, n
     folder.write("metrics.json", metrics)
     for phase in _phases(network, options):
         (folder.path / phase.checkpoint).unlink(missing_ok=True)
-    return folder, model.eval(), metrics
+    return metrics
 
 
 def load_data(recipe: Recipe, options: TrainOptions) -> Data:
@@ -173,7 +196,13 @@ def _phases(network: Network, options: TrainOptions) -> list[_Phase]:
 
 
 def _fit(
-    network: Network, options: TrainOptions, model: nn.Module, data: Data, folder: RunFolder, progress: bool
+    network: Network,
+    options: TrainOptions,
+    model: nn.Module,
+    data: Data,
+    folder: RunFolder,
+    processes: Processes,
+    progress: bool,
 ) -> list[dict[str, Any]]:
     history: list[dict[str, Any]] = []
     for phase in _phases(network, options):
@@ -182,7 +211,7 @@ def _fit(
         joined = partial(_joined, history, time.perf_counter() - started)
         records = fit(
             model,
-            data.batches(network.batch_size),
+            data.batches(-(-network.batch_size // processes.count)),  # A step is that of one batch, however dealt out.
             partial(_cross_entropy, precision=options.precision),
             optimizer=torch.optim.Adam(parameter_groups(model, network.lr), fused=True),
             epochs=phase.epochs,
