@@ -24,7 +24,7 @@ from rankfall.nn import (
     _attention,
     _recurrent,
 )
-from rankfall.nn._embedding import check_rows_are_plain
+from rankfall.nn._embedding import INITIAL_SHARE, INITIAL_STD, check_rows_are_plain
 
 Module: TypeAlias = nn.Module
 Weights: TypeAlias = Mapping[str, LowRankTensor]
@@ -60,6 +60,7 @@ class Conversion:
         format_of: The format of one of them, from that of the layer.
         check: Refuses a layer that its twin cannot stand for, with a ValueError.
         oriented: A weight as the twin holds it, for layers that store it transposed.
+        initial_share: As for `LowRankTensor`, where it starts afresh.
     """
 
     around: Callable[..., nn.Module]
@@ -68,6 +69,7 @@ class Conversion:
     format_of: Callable[[nn.Module, str, Format], Format] = _as_given
     check: Callable[[nn.Module], None] = _nothing
     oriented: Callable[[Tensor], Tensor] = _as_it_is
+    initial_share: float = 0.0
 
     def parameters(self, module: nn.Module) -> dict[str, Tensor]:
         """The parameters that become tensors, by name.
@@ -132,7 +134,11 @@ def _recurrent_layer(make: Callable[..., nn.Module]) -> Conversion:
     )
 
 
-_TABLE = {"initial_std": lambda module, name: 1.0, "check": check_rows_are_plain}
+_TABLE = {
+    "initial_std": lambda module, name: INITIAL_STD,
+    "initial_share": INITIAL_SHARE,
+    "check": check_rows_are_plain,
+}
 _CONVERSIONS: dict[type[nn.Module], Conversion] = {
     nn.Linear: Conversion(_linear, _std_of_fan_in),
     nn.Embedding: Conversion(_of_one_weight(Embedding.around), **_TABLE),

@@ -84,9 +84,10 @@ def fit(  # noqa: PLR0913  one call with defaults is what a reference loop is fo
 
     Args:
         model: Any module, moved to Accelerate's device.
-        loader: Batches, as often as it is iterated: a DataLoader or a list; tensors are moved to the device. Pass the
-            whole of it on every process. They take its batches in turn, so that a step is made on as many batches as
-            there are processes: of half the size on two, it is the step that one makes.
+        loader: Batches, as often as it is iterated: a DataLoader or a list; tensors are moved to the device. One with
+            state_dict and load_state_dict, as torchdata's StatefulDataLoader, goes on from a checkpoint where it was.
+            Pass the whole of it on every process. They take its batches in turn, so that a step is made on as many
+            batches as there are processes: of half the size on two, it is the step that one makes.
         nll: nll(model, batch) returns the negative log likelihood of each datum of the batch in nats, shape (n,).
         epochs: Passes over the loader, all in all: a resumed run does what is left.
         num_data: Size of the whole training set.

@@ -3,7 +3,7 @@
 
 import random
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import nn
@@ -18,6 +18,15 @@ from rankfall._states import check_state
 Record: TypeAlias = dict[str, Any]
 
 
+@runtime_checkable
+class _Placed(Protocol):
+    """A loader that knows where it is."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None: ...
+
+
 class RunState:
     """Model, optimizer, scheduler and random numbers of a run.
 
@@ -25,7 +34,8 @@ class RunState:
         model: The model.
         optimizer: The optimizer itself, not what Accelerate makes of it.
         scheduler: The scheduler.
-        loader: What gives the batches; its `generator` is part of the state if it has one.
+        loader: What gives the batches; its `generator` is part of the state if it has one, and its `state_dict`, as
+            torchdata's StatefulDataLoader has it.
         epochs: Length of the whole run, which the schedule depends on.
     """
 
@@ -35,6 +45,7 @@ class RunState:
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
         self.generator = getattr(loader, "generator", None)
+        self.loader = loader if isinstance(loader, _Placed) else None
         self.epochs = epochs
 
     def save(self, path: Path | str | None, history: list[Record]) -> None:
@@ -42,7 +53,7 @@ class RunState:
         if path is None:
             return
         state: Record = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {"epochs": self.epochs, "history": history, "random": self._random_states()}
+        state |= {"epochs": self.epochs, "history": history, "random": self._order_and_noise()}
         write_atomic(path, lambda temporary: torch.save(state, temporary))
 
     def restore(self, path: Path | str | None) -> list[Record]:
@@ -68,7 +79,7 @@ class RunState:
             raise ValueError(f"{path} is of an optimizer with other parameter groups. Make the optimizer as before.")
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
-        self._set_random_states(state["random"])
+        self._set_order_and_noise(state["random"])
         return state["history"]
 
     def check_alike(self, processes: Processes) -> None:
@@ -87,24 +98,27 @@ class RunState:
             self.scheduler.load_state_dict(schedule)
 
     def start_epoch(self, processes: Processes) -> None:
-        """Gives every process the random numbers of the first one, for the order of batches, and noise of its own."""
-        states = processes.from_first(self._random_states)
+        """Gives every process the order of batches of the first one, and noise of its own."""
+        states = processes.from_first(self._order_and_noise)
         if not processes.is_first:
-            self._set_random_states(states)
+            self._set_order_and_noise(states)
         processes.new_noise()
 
-    def _random_states(self) -> Record:
+    def _order_and_noise(self) -> Record:
         return {
             "python": random.getstate(),
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
             "loader": None if self.generator is None else self.generator.get_state(),
+            "place": None if self.loader is None else self.loader.state_dict(),
         }
 
-    def _set_random_states(self, states: Record) -> None:
+    def _set_order_and_noise(self, states: Record) -> None:
         random.setstate(states["python"])
         torch.set_rng_state(states["torch"])
         if torch.cuda.is_available():
             torch.cuda.set_rng_state_all(states["cuda"])
         if self.generator is not None and states["loader"] is not None:
             self.generator.set_state(states["loader"])
+        if self.loader is not None and states.get("place") is not None:
+            self.loader.load_state_dict(states["place"])

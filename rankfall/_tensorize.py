@@ -166,6 +166,7 @@ def _convert(
             prior=spec.prior,
             posterior=spec.posterior,
             initial_std=conversion.initial_std(layer, name),
+            initial_share=conversion.initial_share,
             device=old.device if spec.device is None else spec.device,
             dtype=old.dtype,
         )

@@ -207,8 +207,8 @@ def test_the_model_is_dlrm():
     model = Recommender(SIZES, stored=True)
     rows = _clicks.draw(6, SIZES, torch.Generator().manual_seed(0))
     vectors = [model.bottom(torch.log1p(rows[:, :COUNTS].clamp(min=0).float()))]
-    vectors += [table.weight[ids.long()] for table, ids in zip(model.tables, rows[:, COUNTS:].T, strict=True)]
-    products = [(vectors[i] * vectors[j]).sum(1) / 128**0.5 for i in range(27) for j in range(i)]
+    vectors += [0.3 * table.weight[ids.long()] for table, ids in zip(model.tables, rows[:, COUNTS:].T, strict=True)]
+    products = [(vectors[i] * vectors[j]).sum(1) / 128**0.5 for i in range(27) for j in range(i + 1, 27)]
     logits = model(rows)
     expected = model.top(torch.cat([vectors[0], torch.stack(products, 1)], 1))
     assert torch.allclose(logits[:, 1:], expected, atol=1e-4)

@@ -15,9 +15,11 @@ from rankfall._priors import Prior
 from rankfall._tensor import LowRankTensor
 
 _Device: TypeAlias = torch.device | str | None
-_STD = 1.0  # torch starts its embeddings from N(0, 1).
-# A digit of a row's id should have something to say from the start, whatever the others are.
-_SHARE = 0.9
+INITIAL_STD = 1.0
+"""torch starts its embeddings from N(0, 1)."""
+
+INITIAL_SHARE = 0.9
+"""A digit of a row's id should have something to say from the start, whatever the others are."""
 
 
 class Embedding(nn.Module):
@@ -296,8 +298,8 @@ def _table(
         format,
         prior=prior,
         posterior=posterior,
-        initial_std=_STD,
-        initial_share=_SHARE,
+        initial_std=INITIAL_STD,
+        initial_share=INITIAL_SHARE,
         device=device,
         dtype=dtype,
     )

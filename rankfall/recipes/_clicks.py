@@ -2,7 +2,8 @@
 """Made-up clicks at the size of Criteo's Kaggle data, whose truth is known: tables of low rank, planted."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from rankfall._formats import Modes
+from rankfall.recipes._data import Rows
 from rankfall.recipes._recommender import COUNTS, KAGGLE_SIZES, WIDTH, table_modes
 
 _CLICK_RATE = 0.2562  # Of Criteo's training rows.
@@ -150,17 +152,79 @@ def make_clicks(count: int, seed: int, truth: Truth | None = None) -> Clicks:
         seed: Of the stream; another one gives other rows under the same truth.
         truth: Who clicks; at full size if left out.
     """
-    parts = list(_chunks(count, seed, Truth() if truth is None else truth))
+    truth = Truth() if truth is None else truth
+    parts = [_chunk(k, count, seed, truth) for k in range(_chunks(count))]
     return Clicks(*(torch.cat([getattr(part, name) for part in parts]) for name in ("rows", "labels", "log_odds")))
 
 
-@torch.no_grad()
-def _chunks(count: int, seed: int, truth: Truth) -> Iterator[Clicks]:
-    for k in range(-(-count // _CHUNK)):
-        generator = torch.Generator().manual_seed(seed * _SEEDS_APART + k)
-        rows = draw(_CHUNK, truth.sizes, generator)
-        chance = torch.rand(_CHUNK, generator=generator)
-        kept = min(_CHUNK, count - k * _CHUNK)
-        rows, chance = rows[:kept], chance[:kept]
-        log_odds = truth(rows)
-        yield Clicks(rows, (chance < log_odds.sigmoid()).long(), log_odds)
+def _chunks(count: int) -> int:
+    return -(-count // _CHUNK)
+
+
+def _chunk(k: int, count: int, seed: int, truth: Truth) -> Clicks:
+    """The k-th chunk of `count` rows, of which the last one may be shorter."""
+    generator = torch.Generator().manual_seed(seed * _SEEDS_APART + k)
+    rows = draw(_CHUNK, truth.sizes, generator)
+    chance = torch.rand(_CHUNK, generator=generator)
+    kept = min(_CHUNK, count - k * _CHUNK)
+    rows, chance = rows[:kept], chance[:kept]
+    log_odds = truth(rows)
+    return Clicks(rows, (chance < log_odds.sigmoid()).long(), log_odds)
+
+
+class ClickStream:
+    """The rows of `make_clicks`, made as they are asked for: any number of them in the memory of a few.
+
+    Args:
+        count: How many rows there are, after which they come again.
+        seed: Of the stream.
+        truth: Who clicks.
+        per_epoch: Rows of one epoch, or somewhat more; the next one goes on from there.
+    """
+
+    def __init__(self, count: int, seed: int, truth: Truth, per_epoch: int) -> None:
+        self._count, self._seed, self._truth = count, seed, truth
+        self._per_epoch = min(_chunks(per_epoch), _chunks(count))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def batches(self, size: int) -> "ClickBatches":
+        """Batches of one epoch, the next one each time that the last has been gone through."""
+        make = partial(_chunk, count=self._count, seed=self._seed, truth=self._truth)
+        return ClickBatches(make, _chunks(self._count), self._per_epoch, size)
+
+
+class ClickBatches:
+    """An epoch of a stream each time; the next chunk is made while the present one is learned from.
+
+    Args:
+        make: Makes the k-th chunk.
+        chunks: How many there are.
+        per_epoch: How many of them make an epoch.
+        size: Rows of a batch, fewer in the last of a chunk.
+    """
+
+    def __init__(self, make: Callable[[int], Clicks], chunks: int, per_epoch: int, size: int) -> None:
+        self._make, self._chunks, self._per_epoch, self._size = make, chunks, per_epoch, size
+        self._place = 0
+
+    def __iter__(self) -> Iterator[Rows]:
+        places = [(self._place + k) % self._chunks for k in range(self._per_epoch)]
+        with ThreadPoolExecutor(1) as pool:
+            coming = pool.submit(self._make, places[0])
+            for after in (*places[1:], None):
+                chunk = coming.result()
+                if after is not None:
+                    coming = pool.submit(self._make, after)
+                yield from zip(chunk.rows.split(self._size), chunk.labels.split(self._size), strict=True)
+        # Who stops in the middle, as the evidence test does, leaves the place as it is.
+        self._place = (self._place + self._per_epoch) % self._chunks
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the next epoch begins."""
+        return {"place": self._place}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Goes on where `state_dict` was called."""
+        self._place = state["place"]

@@ -2,9 +2,9 @@
 """Rows of a data set in memory, and the batches that they are given out in."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,12 +18,22 @@ PADDING = 0
 _BATCHES_SORTED = 50  # Texts of so many batches are sorted by length together: little padding, and still a mix.
 
 
+class Stream(Protocol):
+    """Rows to learn from that are not all in memory at once."""
+
+    def __len__(self) -> int: ...
+
+    def batches(self, size: int) -> Iterable[Rows]:
+        """Batches of one epoch, as often as it is iterated; an epoch may be a part of the rows."""
+        ...
+
+
 @dataclass(frozen=True)
 class Data:
-    """Inputs and class labels, all in memory.
+    """Inputs and class labels.
 
     Attributes:
-        train: (inputs, labels) to learn from.
+        train: (inputs, labels) to learn from, or a stream of them.
         test: (inputs, labels) to measure with.
         augment: Changes the inputs of a training batch at random.
         texts: Whether inputs are token ids, filled up with PADDING: batches are then of similar length, and cut to
@@ -32,27 +42,35 @@ class Data:
         known: Figures that whoever made the rows reaches on the test rows.
     """
 
-    train: Rows
+    train: Rows | Stream
     test: Rows
     augment: Callable[[Tensor], Tensor] | None = None
     texts: bool = False
     clicks: bool = False
     known: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def num_train(self) -> int:
+        """How many rows there are to learn from."""
+        return len(self.train[0] if isinstance(self.train, tuple) else self.train)
+
     def limited(self, rows: int | None) -> "Data":
-        """The first `rows` training rows, and as many for testing; None keeps all."""
+        """The first `rows` training rows, and as many for testing; None keeps all. A stream is as long as it is."""
         first = slice(rows)
-        return replace(self, train=_first(self.train, first), test=_first(self.test, first))
+        train = _first(self.train, first) if isinstance(self.train, tuple) else self.train
+        return replace(self, train=train, test=_first(self.test, first))
 
     def cut(self, length: int | None) -> "Data":
         """Texts cut to so many tokens; None keeps them."""
-        if length is None:
+        if length is None or not isinstance(self.train, tuple):
             return self
         (train, train_labels), (test, test_labels) = self.train, self.test
         return replace(self, train=(train[:, :length], train_labels), test=(test[:, :length], test_labels))
 
-    def batches(self, size: int) -> DataLoader:
-        """Shuffled batches of the training rows, each gathered by one indexing."""
+    def batches(self, size: int) -> Iterable[Rows]:
+        """Shuffled batches of the training rows, each gathered by one indexing, or what a stream gives."""
+        if not isinstance(self.train, tuple):
+            return self.train.batches(size)
         return self._loader(self.train, size, shuffled=True, augment=self.augment)
 
     def test_batches(self, size: int) -> DataLoader:

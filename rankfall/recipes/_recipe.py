@@ -26,6 +26,7 @@ class Network:
         kl_warmup: Epochs over which the weight of the KL rises from 0; None for a twentieth of the run.
         test_examples: Training examples that the evidence test looks at.
         modes: For a TT-matrix, the (out_modes, in_modes) of a layer by its path; others are chosen.
+        ranks: The rank at the start of a layer by its path, where it is not `max_rank`.
     """
 
     make: Callable[[], nn.Module]
@@ -36,6 +37,7 @@ class Network:
     kl_warmup: int | None = None
     test_examples: int = Evidence.examples
     modes: Mapping[str, tuple[Modes, Modes]] = field(default_factory=dict)
+    ranks: Mapping[str, int] = field(default_factory=dict)
 
 
 def _as_it_is(network: Network, data_dir: Path | None) -> Network:

@@ -20,6 +20,8 @@ KAGGLE_SIZES = (
     *(27, 14992, 5461306, 10, 5652, 2173, 4, 7046547, 18, 15, 286181, 105, 142572),
 )
 _BOTTOM, _TOP = (512, 256, 256, WIDTH), (512, 256, 1)
+# Rows of a table start with a spread of 1, and before they have learned anything each is noise to the others.
+_SMALLER = 0.3
 _SMALL = 1000  # Rows up to which each has numbers of its own.
 
 
@@ -51,12 +53,12 @@ class Recommender(nn.Module):
     def __init__(self, sizes: Sequence[int] = KAGGLE_SIZES, *, stored: bool = False) -> None:
         super().__init__()
         device = None if stored else "meta"
-        # Small enough that products of 128 numbers are of order one.
         tables = (nn.Embedding(rows, WIDTH, device=device) for rows in sizes)
         self.tables = nn.ModuleList(tables)
         self.bottom = _perceptron((COUNTS, *_BOTTOM), last=nn.ReLU())
         vectors = len(sizes) + 1
-        i, j = torch.tril_indices(vectors, vectors, offset=-1)
+        # Those with the counts' vector first: what a table says by itself comes in side by side, as modes like it.
+        i, j = torch.triu_indices(vectors, vectors, offset=1)
         self.register_buffer("pairs", i * vectors + j, persistent=False)
         self.top = _perceptron((WIDTH + len(i), *_TOP), last=nn.Identity())
 
@@ -64,7 +66,9 @@ class Recommender(nn.Module):
         """Logits of no click, always 0, and of a click, shape (n, 2), from counts and ids, shape (n, 13 + tables)."""
         counts = self.bottom(torch.log1p(rows[:, :COUNTS].clamp(min=0).float()))
         ids = rows[:, COUNTS:].T
-        vectors = torch.stack([counts, *(table(one) for table, one in zip(self.tables, ids, strict=True))], 1)
+        vectors = torch.stack(
+            [counts, *(_SMALLER * table(one) for table, one in zip(self.tables, ids, strict=True))], 1
+        )
         products = (vectors @ vectors.mT).flatten(1).index_select(1, self.pairs) / WIDTH**0.5
         logit = self.top(torch.cat([counts, products], 1))
         return torch.cat([torch.zeros_like(logit), logit], 1)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from rankfall._checkpoint import load, save
 from rankfall._conversions import conversion_of
 from rankfall._fit import fit, join_processes
+from rankfall._formats import Format
 from rankfall._groups import parameter_groups
 from rankfall._posteriors import MeanField
 from rankfall._processes import Processes
@@ -152,7 +153,11 @@ def _without_dropout(model: nn.Module) -> None:
 
 def to_format(model: nn.Module, network: Network, options: TrainOptions, *, from_dense: bool = False) -> nn.Module:
     """Brings the weights of a recipe's network into the chosen format, in place; afresh, or as they are."""
-    rank = network.max_rank if options.max_rank is None else options.max_rank
+
+    def format_of(path: str | None = None) -> Format:
+        rank = options.max_rank or network.ranks.get(path or "", network.max_rank)
+        return make_format(options.format, rank, network.modes.get(path or "") if options.format == "ttm" else None)
+
     convert = partial(
         tensorize_,
         prior=options.make_prior(),
@@ -160,12 +165,10 @@ def to_format(model: nn.Module, network: Network, options: TrainOptions, *, from
         from_dense=from_dense,
         device=torch.get_default_device(),
     )
-    modes = network.modes if options.format == "ttm" else {}
-    for path, of_layer in modes.items():
-        held = make_format(options.format, rank, of_layer)
-        convert(model, held, filter_fn=lambda _, p, path=path: p == path)
+    for path in {**network.ranks, **(network.modes if options.format == "ttm" else {})}:
+        convert(model, format_of(path), filter_fn=lambda _, p, path=path: p == path)
     if any(conversion_of(module) for module in model.modules()):
-        convert(model, make_format(options.format, rank))
+        convert(model, format_of())
     return model
 
 
@@ -215,7 +218,7 @@ def _fit(
             partial(_cross_entropy, precision=options.precision),
             optimizer=torch.optim.Adam(parameter_groups(model, network.lr), fused=True),
             epochs=phase.epochs,
-            num_data=len(data.train[0]),
+            num_data=data.num_train,
             beta=options.beta if options.shrinks else 0.0,
             kl_warmup=network.kl_warmup,
             selection=options.make_selection(network.test_examples),

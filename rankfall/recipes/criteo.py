@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from rankfall.recipes._clicks import Truth, make_clicks
+from rankfall.recipes._clicks import ClickStream, Truth, make_clicks
 from rankfall.recipes._data import Data, Rows
 from rankfall.recipes._metrics import click_figures
 from rankfall.recipes._optional import polars
@@ -18,8 +18,9 @@ from rankfall.recipes._prepare import INDEX
 from rankfall.recipes._recipe import Network, Recipe
 from rankfall.recipes._recommender import KAGGLE_SIZES, Recommender, table_modes
 
-_ROWS = 2_000_000
+_ROWS = 16_777_216
 _TEST_PART = 10  # One row in so many is for testing.
+_TEST_ROWS = 131_072
 _TRAIN_SEED, _TEST_SEED = 0, 1
 
 
@@ -70,13 +71,12 @@ def _read(path: Path) -> Rows:
 
 
 def _made_up(rows: int | None) -> Data:
-    """Made-up rows, and a tenth as many others to test with."""
+    """Made-up rows, a sixteenth of them in an epoch, and a tenth as many others, or less, to test with."""
     truth, rows = Truth(), rows or _ROWS
-    train = make_clicks(rows, _TRAIN_SEED, truth)
-    test = make_clicks(max(rows // _TEST_PART, 2), _TEST_SEED, truth)
+    test = make_clicks(min(max(rows // _TEST_PART, 2), _TEST_ROWS), _TEST_SEED, truth)
     known = click_figures(test.log_odds, test.labels)
     return Data(
-        (train.rows, train.labels),
+        ClickStream(rows, _TRAIN_SEED, truth, rows // _DLRM.epochs),
         (test.rows, test.labels),
         clicks=True,
         known={f"truth_{name}": value for name, value in known.items()},
@@ -85,10 +85,12 @@ def _made_up(rows: int | None) -> Data:
 
 def _of_sizes(network: Network, sizes: tuple[int, ...]) -> Network:
     modes = {f"tables.{k}": table_modes(rows) for k, rows in enumerate(sizes)}
-    return replace(network, make=partial(Recommender, sizes), modes=modes)
+    ranks = dict.fromkeys(modes, _TABLE_RANK)
+    return replace(network, make=partial(Recommender, sizes), modes=modes, ranks=ranks)
 
 
-_DLRM = Network(Recommender, epochs=10, batch_size=1024, lr=2e-3, max_rank=4, kl_warmup=2, test_examples=16_384)
+_DLRM = Network(Recommender, epochs=16, batch_size=1024, lr=2e-3, max_rank=8, kl_warmup=2, test_examples=32_768)
+_TABLE_RANK = 3
 
 
 def _fitted(network: Network, data_dir: Path | None) -> Network:

@@ -145,15 +145,25 @@ class Encoder(nn.Module):
 
 # Each word has numbers of its own, a few, and one map takes them to the width: which words praise is no matter of the
 # digits of their ids. A rare word of which the data say little costs little either, since its numbers may stay as wide
-# as the prior.
+# as the prior. Two numbers a word are more than all the rest of the network has.
 _WORDS = ((_VOCABULARY, 1), (1, 256))
+_NUMBERS_OF_A_WORD = 2
 
 
 def _network(make: Callable[[], nn.Module], lr: float) -> Network:
     # The data have 25,000 bits to tell and a fresh posterior costs several nats an entry: unless the reviews speak
     # first, the KL silences them. A pass over texts takes long, so the evidence test looks at fewer of them.
-    modes = {"embedding": _WORDS}
-    return Network(make, epochs=12, batch_size=64, lr=lr, max_rank=8, kl_warmup=4, test_examples=2048, modes=modes)
+    return Network(
+        make,
+        epochs=12,
+        batch_size=64,
+        lr=lr,
+        max_rank=8,
+        kl_warmup=4,
+        test_examples=2048,
+        modes={"embedding": _WORDS},
+        ranks={"embedding": _NUMBERS_OF_A_WORD},
+    )
 
 
 RECIPE = Recipe("imdb", _load, {"lstm": _network(Reader, lr=1e-3)}, length=128)
