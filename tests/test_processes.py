@@ -169,7 +169,7 @@ def test_a_checkpoint_goes_on_with_another_number_of_processes(answers):
     [
         ("nan_in_one_part", 0, "ValueError: the loss became nan in epoch 1, step 1: all parameters are still finite"),
         ("evaluate_fails_on_the_second", 1, "ZeroDivisionError: division by zero"),
-        ("strange_error", 1, "Strange: this and that"),
+        ("strange_error", 1, "StrangeError: this and that"),
         ("damaged_checkpoint", 0, "damaged.pt is damaged or no checkpoint of rf.fit"),
         ("no_folder", 0, "for the checkpoint. Make it first."),
         (

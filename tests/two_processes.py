@@ -248,7 +248,7 @@ def evaluate_fails_on_the_second(index: int, folder: Path):
     return fit(model_of(0), evaluate=lambda: {"accuracy": 1 / (1 - index)})
 
 
-class Strange(Exception):
+class StrangeError(Exception):
     """An error that cannot be sent as it is."""
 
     def __init__(self, this: str, that: str) -> None:
@@ -258,7 +258,7 @@ class Strange(Exception):
 def strange_error(index: int, folder: Path):
     def evaluate():
         if index == 1:
-            raise Strange("this", "that")
+            raise StrangeError("this", "that")
         return {}
 
     return fit(model_of(0), evaluate=evaluate)
