@@ -3,9 +3,9 @@
 
     python benchmarks/processes.py
 
-784-512-10 in TT-matrix form, MeanField, start rank 20, random inputs; steps of 512 and of 4,096 examples in all,
-which two processes share. Timed are epochs of `rf.fit` after the first, the median of them. Then two processes train
-for twenty epochs, make three cuts or more, and say whether their factors are equal to the bit.
+784-512-10 in TT-matrix form, MeanField, start rank 20, random inputs; steps of 512 and of 4,096 examples in all, which
+two processes share. Timed are epochs of `rf.fit` after the first, the median of them. Then two processes train for
+twenty epochs, make three cuts or more, and say whether their factors are equal to the bit.
 """
 
 import hashlib

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import rankfall as rf
+from rankfall import _selection
 
 N = 600
 MARK = 9.0
@@ -132,6 +133,19 @@ def cuts(index: int, folder: Path):
         "noise": noise,
         "means": means,
     }
+
+
+def grows(index: int, folder: Path):
+    """Two epochs that end with a slice more at every bond."""
+    model, usual = model_of(seed=index), _selection.next_step
+    for bond in model[0].weight.ranks:
+        model[0].weight.keep_slices_(bond, torch.arange(2))
+    _selection.next_step = lambda *_: "grow"
+    try:
+        history = fit(model, epochs=2, kl_warmup=0)
+    finally:
+        _selection.next_step = usual
+    return model.state_dict(), [record["ranks"] for record in history]
 
 
 class Marked(nn.Module):
