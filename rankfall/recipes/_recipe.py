@@ -10,6 +10,7 @@ from torch import nn
 from rankfall._formats import Modes
 from rankfall._selection import Evidence
 from rankfall.recipes._data import Data
+from rankfall.recipes._options import MethodName
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Network:
         kl_warmup: Epochs over which the weight of the KL rises from 0; None for a twentieth of the run.
         test_examples: Training examples that the evidence test looks at.
         modes: For a TT-matrix, the (out_modes, in_modes) of a layer by its path; others are chosen.
+        baselines: Methods that only this network has, by their names: each changes the network of a fixed rank, in
+            place, so that the whole has at most so many parameters.
     """
 
     make: Callable[[], nn.Module]
@@ -36,6 +39,7 @@ class Network:
     kl_warmup: int | None = None
     test_examples: int = Evidence.examples
     modes: Mapping[str, tuple[Modes, Modes]] = field(default_factory=dict)
+    baselines: Mapping[MethodName, Callable[[nn.Module, int], object]] = field(default_factory=dict)
 
 
 def _as_it_is(network: Network, data_dir: Path | None) -> Network:
