@@ -14,7 +14,7 @@ from typing import Any
 
 import tyro
 from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Table
 from torch import nn
 
 from rankfall._costs import Example, costs
@@ -24,22 +24,11 @@ from rankfall._pages import keep_pages
 from rankfall._processes import is_elsewhere, is_first_started, leave
 from rankfall._summary import summary
 from rankfall.recipes._compare import CompareOptions, compare
+from rankfall.recipes._comparison import as_table, notes
 from rankfall.recipes._options import FormatName, TrainOptions, make_format
 from rankfall.recipes._prepare import PrepareOptions, prepare
 from rankfall.recipes._run import train
 
-_HEADS = (
-    "start rank",
-    "test accuracy",
-    "test NLL",
-    "parameters",
-    "compression",
-    "tensorized part",
-    "compression",
-    "s/epoch first",
-    "last",
-    "seconds",
-)
 _FILE_WIDTH = 160  # Columns of a table where there is no terminal.
 _OTHERS_SPEAK = 1.0  # Seconds. torchrun ends all processes as soon as one has ended, also the one that has the word.
 
@@ -124,8 +113,9 @@ def _train(options: TrainOptions) -> None:
     if not is_first_started():
         return
     console = Console(highlight=False)
-    print(summary(model))
-    print()
+    if not options.fills_budget:  # What is tensorized is not what makes such a model small.
+        print(summary(model))
+        print()
     console.print(_results(metrics))
     console.print(f"run folder: {folder.path}", soft_wrap=True)
 
@@ -134,6 +124,7 @@ def _results(metrics: dict[str, Any]) -> Table:
     shown = {
         "test accuracy": f"{metrics['test_accuracy']:.2%}",
         "test NLL": f"{metrics['test_nll']:.4f} nats",
+        **_click_results(metrics),
         "parameters": f"{metrics['parameters']:,} (dense {metrics['dense_parameters']:,})",
         "compression": f"{metrics['compression']:.1f}x",
         "training": f"{metrics['epochs']} epochs, {metrics['seconds']:.1f} s",
@@ -145,43 +136,27 @@ def _results(metrics: dict[str, Any]) -> Table:
     return table
 
 
+def _click_results(metrics: Mapping[str, Any]) -> dict[str, str]:
+    shown = {"test AUC": "auc", "normalised entropy": "normalised_entropy"}
+    known = {
+        name: f" (of the truth {metrics[key]:.4f})" for name in shown.values() if (key := f"truth_{name}") in metrics
+    }
+    return {
+        head: f"{metrics[f'test_{name}']:.4f}{known.get(name, '')}"
+        for head, name in shown.items()
+        if f"test_{name}" in metrics
+    }
+
+
 def _compare(options: CompareOptions) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = _FILE_WIDTH
     content = compare(options, on_run=lambda run: console.print(f"{run.method}, seed {run.seed}"))
-    console.print(_comparison(content))
+    console.print(as_table(content))
+    for note in notes(content):
+        console.print(note, soft_wrap=True)
     console.print(f"compare.json and run folders: {options.path}", soft_wrap=True)
-
-
-def _comparison(content: Mapping[str, Any]) -> Table:
-    table = Table(Column("method", no_wrap=True), box=None, padding=(0, 2, 0, 0))
-    for head in _HEADS:
-        table.add_column(head, justify="right")
-    for row in content["rows"]:
-        table.add_row(
-            row["method"],
-            " ".join(dict.fromkeys(str(rank) for rank in row["max_rank"] if rank)),
-            _spread(row["test_accuracy"], ".2%"),
-            _spread(row["test_nll"], ".4f"),
-            _spread(row["parameters"], ",.0f"),
-            f"{row['compression']['mean']:.1f}x",
-            *_tensorized(row),
-            f"{row['epoch_seconds_first']['mean']:.3f}",
-            f"{row['epoch_seconds_last']['mean']:.3f}",
-            f"{row['seconds']['mean']:.1f}",
-        )
-    return table
-
-
-def _tensorized(row: Mapping[str, Any]) -> tuple[str, str]:
-    compact, dense = row["tensorized_parameters"]["mean"], row["tensorized_dense_parameters"]["mean"]
-    return (_spread(row["tensorized_parameters"], ",.0f"), f"{dense / compact:.1f}x") if compact else ("", "")
-
-
-def _spread(figure: Mapping[str, Any], form: str) -> str:
-    middle = format(figure["mean"], form)
-    return middle if figure["std"] is None else f"{middle} ± {format(figure['std'], form)}"
 
 
 def _prepare(options: PrepareOptions) -> None:

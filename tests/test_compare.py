@@ -61,7 +61,8 @@ def test_rows_hold_every_figure_of_every_seed(whole: Path):
         for name in ("test_accuracy", "test_nll", "parameters", "compression", "seconds"):
             runs = [json.loads((whole / f"{row['method']}-seed{seed}/metrics.json").read_text()) for seed in (0, 1)]
             values = [run[name] for run in runs]
-            figure = {"mean": statistics.mean(values), "std": statistics.stdev(values), "values": values}
+            std = statistics.stdev(values)
+            figure = {"mean": statistics.mean(values), "std": std, "error": std / 2**0.5, "values": values}
             assert row[name] == figure
         assert row["epoch_seconds_first"]["mean"] > 0
         assert row["epoch_seconds_last"]["mean"] > 0

@@ -2,6 +2,7 @@
 """Every method on one recipe, over several seeds, in one table."""
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,13 +23,14 @@ from rankfall.recipes._options import (
     RecipeName,
     TrainOptions,
 )
-from rankfall.recipes._run import RECIPES, build_model, train
+from rankfall.recipes._recipe import Network
+from rankfall.recipes._run import RECIPES, build_model, obstacle, train
 
-# As the table shows them. Ranks that are given are those of the size that evidence ends at, so they come after it.
-_METHODS: tuple[MethodName, ...] = ("dense", "fixed", "compress", "shrinkage", "evidence")
+# Ranks and budgets that are given are those of the size that evidence ends at, so they come after it.
 _FREE: tuple[MethodName, ...] = ("dense", "evidence", "shrinkage")
 _OF_GIVEN_RANK: tuple[MethodName, ...] = ("fixed", "compress")
 
+_CLICK_FIGURES = ("test_auc", "test_normalised_entropy")
 _FIGURES = (
     "test_accuracy",
     "test_nll",
@@ -49,7 +51,10 @@ class CompareOptions:
     """Dense, fixed rank, train-then-compress, shrinkage and evidence in one table, over several seeds.
 
     Fixed rank and train-then-compress get the one rank at which the model is nearest in size to what evidence ended at
-    with the same seed. What is finished is read and what was interrupted is resumed, so the same command goes on.
+    with the same seed. Of criteo there are also tables left out, hashed, or as quotient and remainder: the two networks
+    beside them are then those of fixed rank, and tables get what is left of evidence's size. A network that is too
+    large for the memory is left out, and the table says so. What is finished is read and what was interrupted is
+    resumed, so the same command goes on.
     """
 
     recipe: tyro.conf.Positional[RecipeName]
@@ -66,6 +71,8 @@ class CompareOptions:
     """Passes over the data; the network's own number if left out."""
     limit: int | None = None
     """Use only so many rows, for a quick trial."""
+    synthetic: bool = False
+    """Of criteo: made-up rows of full size, with labels from planted low-rank tables; --limit says how many."""
     length: int | None = None
     """Tokens of each text that are read; the recipe's own number (imdb and transformer 128) if left out."""
     precision: PrecisionName = "float32"
@@ -76,6 +83,8 @@ class CompareOptions:
     """mean-field learns a standard deviation for every entry; point saves that memory."""
     max_rank: int | None = None
     """Rank of every bond at the start of shrinkage and evidence; the network's own (digits 8, mnist 20) if left out."""
+    budget: int | None = None
+    """Parameters of the whole model that the methods of a given size get; as many as evidence ends at if left out."""
     beta: float = 1.0
     """Weight of the KL; 1 is the evidence lower bound."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
@@ -87,7 +96,19 @@ class CompareOptions:
         network = "" if self.model is None else f"-{self.model}"
         return self.out or Path("runs") / f"compare-{self.recipe}{network}-{self.format}"
 
-    def run(self, method: MethodName, seed: int, max_rank: int | None = None) -> TrainOptions:
+    @property
+    def network(self) -> Network:
+        """What is trained."""
+        return RECIPES[self.recipe].network(self.model, self.data_dir)
+
+    @property
+    def methods(self) -> tuple[MethodName, ...]:
+        """All that the network offers, as the table shows them."""
+        return ("dense", *self.network.baselines, "fixed", "compress", "shrinkage", "evidence")
+
+    def run(
+        self, method: MethodName, seed: int, max_rank: int | None = None, budget: int | None = None
+    ) -> TrainOptions:
         """The options of one run, which goes on if it was started; `max_rank` None is that of the comparison."""
         options = TrainOptions(
             recipe=self.recipe,
@@ -96,12 +117,14 @@ class CompareOptions:
             format=self.format,
             max_rank=self.max_rank if max_rank is None else max_rank,
             method=method,
+            budget=budget,
             prior=self.prior,
             posterior=self.posterior,
             beta=self.beta,
             epochs=self.epochs,
             seed=seed,
             limit=self.limit,
+            synthetic=self.synthetic,
             length=self.length,
             precision=self.precision,
             out=self.path / f"{method}-seed{seed}",
@@ -119,7 +142,9 @@ class CompareOptions:
         if len(set(self.seeds)) < len(self.seeds):
             came = " ".join(map(str, self.seeds))
             raise ValueError(f"--seeds must differ from each other, got {came}. A seed gives the same run each time.")
-        for method in _METHODS:
+        if self.budget is not None and self.budget < 1:
+            raise ValueError(f"--budget must be 1 parameter or more, got {self.budget}.")
+        for method in self.methods:
             self.run(method, self.seeds[0]).check()
         for method in _FREE:
             for seed in self.seeds:
@@ -137,27 +162,34 @@ def compare(
         progress: Whether each run shows a progress bar.
 
     Returns:
-        The content of compare.json: the options and one row per method. A figure of a row has `mean`, `std` (None for
-        one seed) and `values`, one per seed.
+        The content of compare.json: the options and one row per method. A figure of a row has `mean`, `std` and
+        `error`, the standard error of the mean (None for one seed), and `values`, one per seed. The row of a method
+        that cannot be run here has the reason instead. `known` are the figures of whoever made the rows up.
 
     Raises:
         ValueError: If an option is out of range, data is damaged, or a folder is taken or of other options.
         FileNotFoundError: If data is missing.
     """
     options.check()
+    network = options.network
 
     def finish(run: TrainOptions) -> Result:
         on_run(run)
+        if reason := obstacle(network, run):
+            return {"reason": reason}
         folder, _, metrics = train(run, progress=progress)
         return metrics | {"max_rank": _start_rank(run)} | _epoch_seconds(folder.read_history())
 
-    results: dict[MethodName, list[Result]] = {method: [] for method in _METHODS}
+    results: dict[MethodName, list[Result]] = {method: [] for method in options.methods}
     for seed in options.seeds:
         for method in _FREE:
             results[method].append(finish(options.run(method, seed)))
-        rank = rank_of_size(options.run("fixed", seed), results["evidence"][-1]["parameters"])
+        size = options.budget or results["evidence"][-1]["parameters"]
+        rank = rank_of_size(options.run("fixed", seed), size)
         for method in _OF_GIVEN_RANK:
             results[method].append(finish(options.run(method, seed, rank)))
+        for method in network.baselines:
+            results[method].append(finish(options.run(method, seed, rank, size)))
     content = _content(options, results)
     write_atomic(options.path / "compare.json", lambda p: p.write_text(json.dumps(content, indent=2) + "\n"))
     return content
@@ -189,20 +221,30 @@ def _epoch_seconds(history: Sequence[Mapping[str, Any]]) -> Result:
 
 
 def _content(options: CompareOptions, results: Mapping[MethodName, Sequence[Result]]) -> dict[str, Any]:
-    names = ("recipe", "model", "format", "prior", "posterior", "beta", "limit", "length", "precision")
+    names = (
+        *("recipe", "model", "format", "prior", "posterior", "beta", "limit", "synthetic", "length", "precision"),
+        "budget",
+    )
+    some = results["evidence"][0]
     return {
         **{name: getattr(options, name) for name in names},
-        "epochs": results["dense"][0]["epochs"],
+        "epochs": some["epochs"],
         "seeds": list(options.seeds),
-        "rows": [_row(method, results[method]) for method in _METHODS],
+        "known": {name: value for name, value in some.items() if name.startswith("truth_")},
+        "rows": [_row(method, found) for method, found in results.items()],
     }
 
 
 def _row(method: MethodName, results: Sequence[Result]) -> dict[str, Any]:
+    for result in results:
+        if "reason" in result:
+            return {"method": method, "reason": result["reason"]}
+    names = (*_FIGURES, *(name for name in _CLICK_FIGURES if name in results[0]))
     ranks = [result["max_rank"] for result in results]
-    return {"method": method, "max_rank": ranks, **{name: _spread([r[name] for r in results]) for name in _FIGURES}}
+    return {"method": method, "max_rank": ranks, **{name: _spread([r[name] for r in results]) for name in names}}
 
 
 def _spread(values: list[float]) -> dict[str, Any]:
     std = statistics.stdev(values) if len(values) > 1 else None
-    return {"mean": statistics.mean(values), "std": std, "values": values}
+    error = None if std is None else std / math.sqrt(len(values))
+    return {"mean": statistics.mean(values), "std": std, "error": error, "values": values}

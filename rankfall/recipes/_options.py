@@ -14,7 +14,9 @@ from rankfall._selection import Evidence, Shrinkage
 
 RecipeName: TypeAlias = Literal["digits", "mnist", "cifar10", "imdb", "transformer", "criteo"]
 FormatName: TypeAlias = Literal["cp", "tucker", "tt", "ttm", "tr"]
-MethodName: TypeAlias = Literal["evidence", "shrinkage", "fixed", "compress", "dense"]
+MethodName: TypeAlias = Literal[
+    "evidence", "shrinkage", "fixed", "compress", "dense", "hashing", "quotient-remainder", "drop-table"
+]
 PriorName: TypeAlias = Literal["half-cauchy", "log-uniform"]
 PosteriorName: TypeAlias = Literal["mean-field", "point"]
 PrecisionName: TypeAlias = Literal["float32", "bfloat16"]
@@ -44,7 +46,10 @@ class TrainOptions:
     method: MethodName = "evidence"
     """evidence removes the slices that do not pay for themselves, shrinkage those of small prior scale; fixed keeps all
     ranks and has no prior, compress trains the usual net for half of the epochs, decomposes its weights at the given
-    rank and trains on, dense is the usual net."""
+    rank and trains on, dense is the usual net. Of criteo: hashing, quotient-remainder and drop-table are fixed with
+    fewer rows in its large tables, with two small tables in place of each, or with zeros, within --budget."""
+    budget: int | None = None
+    """Of hashing, quotient-remainder and drop-table: parameters of the whole model; those of fixed if left out."""
     prior: PriorName = "half-cauchy"
     """Hyperprior of the prior scales."""
     posterior: PosteriorName = "mean-field"
@@ -85,6 +90,11 @@ class TrainOptions:
         """Whether the prior is at work."""
         return self.method in ("evidence", "shrinkage")
 
+    @property
+    def fills_budget(self) -> bool:
+        """Whether the size of the model is given, and not its tables' ranks."""
+        return self.method in ("hashing", "quotient-remainder", "drop-table")
+
     def make_selection(self, test_examples: int) -> Evidence | Shrinkage | None:
         """How ranks change."""
         return {"evidence": Evidence(test_examples), "shrinkage": Shrinkage(self.threshold)}.get(self.method)
@@ -109,6 +119,12 @@ class TrainOptions:
             raise ValueError("--epochs must be 2 or more to compress, got 1. Half of them train the dense net.")
         if self.max_rank is not None:
             make_format(self.format, self.max_rank)
+        if self.budget is not None and self.budget < 1:
+            raise ValueError(f"--budget must be 1 parameter or more, got {self.budget}.")
+        if self.budget is not None and not self.fills_budget:
+            raise ValueError(
+                f"--budget is for --method hashing, quotient-remainder and drop-table, not {self.method}. Leave it out."
+            )
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"--limit must be 1 row or more, got {self.limit}.")
         if self.length is not None and self.length < 1:

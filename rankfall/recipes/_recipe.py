@@ -10,6 +10,7 @@ from torch import nn
 from rankfall._formats import Modes
 from rankfall._selection import Evidence
 from rankfall.recipes._data import Data
+from rankfall.recipes._options import MethodName
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Network:
         test_examples: Training examples that the evidence test looks at.
         modes: For a TT-matrix, the (out_modes, in_modes) of a layer by its path; others are chosen.
         ranks: The rank at the start of a layer by its path, where it is not `max_rank`.
+        baselines: Methods that only this network has, by their names: each changes the network of a fixed rank, in
+            place, so that the whole has at most so many parameters.
     """
 
     make: Callable[[], nn.Module]
@@ -38,6 +41,7 @@ class Network:
     test_examples: int = Evidence.examples
     modes: Mapping[str, tuple[Modes, Modes]] = field(default_factory=dict)
     ranks: Mapping[str, int] = field(default_factory=dict)
+    baselines: Mapping[MethodName, Callable[[nn.Module, int], object]] = field(default_factory=dict)
 
 
 def _as_it_is(network: Network, data_dir: Path | None) -> Network:

@@ -52,6 +52,7 @@ class Recommender(nn.Module):
 
     def __init__(self, sizes: Sequence[int] = KAGGLE_SIZES, *, stored: bool = False) -> None:
         super().__init__()
+        self.sizes = tuple(sizes)
         device = None if stored else "meta"
         tables = (nn.Embedding(rows, WIDTH, device=device) for rows in sizes)
         self.tables = nn.ModuleList(tables)

@@ -6,7 +6,7 @@ import random
 import resource
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -73,7 +73,8 @@ def train(options: TrainOptions, *, progress: bool = True) -> tuple[RunFolder, n
 
 def _checked_folder(options: TrainOptions) -> RunFolder:
     options.check()
-    RECIPES[options.recipe].network(options.model, options.data_dir)
+    recipe = RECIPES[options.recipe]
+    _check_method(recipe, recipe.network(options.model, options.data_dir), options)
     folder = RunFolder(options)
     folder.check()
     return folder
@@ -91,7 +92,7 @@ def _finish(
     folder.write_history(history)  # A run killed between its last checkpoint and the record of it lacks that one.
     save(model, folder.model)
     draw(history, folder.picture)
-    metrics = _metrics(options, model, history) | dict(data.known)
+    metrics = _metrics(network, options, model, history) | dict(data.known)
     folder.write("metrics.json", metrics)
     for phase in _phases(network, options):
         (folder.path / phase.checkpoint).unlink(missing_ok=True)
@@ -116,27 +117,63 @@ def load_data(recipe: Recipe, options: TrainOptions) -> Data:
     return recipe.load(options.data_dir).limited(options.limit).cut(options.length or recipe.length)
 
 
+def _check_method(recipe: Recipe, network: Network, options: TrainOptions) -> None:
+    if options.fills_budget and options.method not in network.baselines:
+        raise ValueError(
+            f"--method {options.method} is for the tables of criteo, and {recipe.name} has none. "
+            "Pass evidence, shrinkage, fixed, compress or dense."
+        )
+
+
 def build_model(network: Network, options: TrainOptions) -> nn.Module:
     """A recipe's network as training starts from it: dense, or its weights in the chosen format.
 
     Where weights have a spread of their own, the network's dropout is turned off.
+
+    Raises:
+        ValueError: If the dense network does not fit into memory, or a budget is too small.
     """
     model = network.make()
     if isinstance(options.make_posterior(), MeanField):
         _without_dropout(model)
-    return _in_memory(model) if options.starts_dense else to_format(model, network, options)
+    if options.starts_dense:
+        return _in_memory(model)
+    to_format(model, network, options)
+    if options.fills_budget:
+        network.baselines[options.method](model, options.budget or summary(model).parameters)
+    return model
 
 
-def _in_memory(model: nn.Module) -> nn.Module:
-    """Gives what a network holds without memory its first values, if they and what Adam keeps of them fit."""
-    absent = [module for module in model.modules() if any(p.is_meta for p in module.parameters(recurse=False))]
-    needed = _ADAM * sum(p.nbytes for module in absent for p in module.parameters(recurse=False))
+def obstacle(network: Network, options: TrainOptions) -> str | None:
+    """Why a network of the size that a method gives it cannot be trained here; None if it can."""
+    try:
+        if options.starts_dense:
+            _check_memory(network.make())
+        elif options.fills_budget:
+            build_model(network, options)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _absent(model: nn.Module) -> list[nn.Module]:
+    """The parts of a network that are held without memory."""
+    return [module for module in model.modules() if any(p.is_meta for p in module.parameters(recurse=False))]
+
+
+def _check_memory(model: nn.Module) -> None:
+    needed = _ADAM * sum(p.nbytes for module in _absent(model) for p in module.parameters(recurse=False))
     if needed > (free := psutil.virtual_memory().available):
         raise ValueError(
             f"the dense network needs {needed / 1e9:,.1f} GB with gradients and Adam's moments, and {free / 1e9:,.1f} "
             "GB are free. Train it with another --method."
         )
-    for module in absent:
+
+
+def _in_memory(model: nn.Module) -> nn.Module:
+    """Gives what a network holds without memory its first values, if they and what Adam keeps of them fit."""
+    _check_memory(model)
+    for module in _absent(model):
         module.to_empty(device=torch.get_default_device(), recurse=False)
         module.reset_parameters()  # pyright: ignore
     return model
@@ -246,8 +283,12 @@ def _cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor], precision: Pr
     return F.cross_entropy(logits.float(), labels, reduction="none")
 
 
-def _metrics(options: TrainOptions, model: nn.Module, history: list[dict[str, Any]]) -> dict[str, Any]:
+def _metrics(
+    network: Network, options: TrainOptions, model: nn.Module, history: list[dict[str, Any]]
+) -> dict[str, Any]:
     counts, last = summary(model), history[-1]
+    if options.fills_budget:  # A count of what is there does not know of rows that ids share.
+        counts = replace(counts, dense_parameters=sum(p.numel() for p in network.make().parameters()))
     return {
         "recipe": options.recipe,
         "model": options.model or RECIPES[options.recipe].usual,

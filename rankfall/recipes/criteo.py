@@ -4,16 +4,18 @@
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rankfall.recipes._clicks import ClickStream, Truth, make_clicks
+from rankfall.recipes._clicks import Clicks, ClickStream, Truth, make_clicks
 from rankfall.recipes._data import Data, Rows
-from rankfall.recipes._metrics import click_figures
+from rankfall.recipes._hashed import DROP_TABLE, HASHING, QUOTIENT_REMAINDER, Saving, save_rows_
+from rankfall.recipes._metrics import click_figures, figures
 from rankfall.recipes._optional import polars
+from rankfall.recipes._options import MethodName
 from rankfall.recipes._prepare import INDEX
 from rankfall.recipes._recipe import Network, Recipe
 from rankfall.recipes._recommender import KAGGLE_SIZES, Recommender, table_modes
@@ -70,27 +72,36 @@ def _read(path: Path) -> Rows:
     return torch.from_numpy(frame.drop("label").to_numpy().astype("int32")), labels
 
 
+@lru_cache(maxsize=1)  # A comparison is measured with the same rows in every run.
 def _made_up(rows: int | None) -> Data:
     """Made-up rows, a sixteenth of them in an epoch, and a tenth as many others, or less, to test with."""
     truth, rows = Truth(), rows or _ROWS
     test = make_clicks(min(max(rows // _TEST_PART, 2), _TEST_ROWS), _TEST_SEED, truth)
-    known = click_figures(test.log_odds, test.labels)
-    return Data(
-        ClickStream(rows, _TRAIN_SEED, truth, rows // _DLRM.epochs),
-        (test.rows, test.labels),
-        clicks=True,
-        known={f"truth_{name}": value for name, value in known.items()},
-    )
+    train = ClickStream(rows, _TRAIN_SEED, truth, rows // _DLRM.epochs)
+    return Data(train, (test.rows, test.labels), clicks=True, known=_known(test))
+
+
+def _known(test: Clicks) -> dict[str, float]:
+    """The figures of whoever knows the truth."""
+    logits = torch.stack([torch.zeros_like(test.log_odds), test.log_odds], 1)
+    found = figures(logits.log_softmax(1), test.labels) | click_figures(test.log_odds, test.labels)
+    return {f"truth_{name.removeprefix('test_')}": value for name, value in found.items()}
 
 
 def _of_sizes(network: Network, sizes: tuple[int, ...]) -> Network:
     modes = {f"tables.{k}": table_modes(rows) for k, rows in enumerate(sizes)}
     ranks = dict.fromkeys(modes, _TABLE_RANK)
-    return replace(network, make=partial(Recommender, sizes), modes=modes, ranks=ranks)
+    baselines = {name: partial(save_rows_, saving=saving) for name, saving in _SAVINGS.items()}
+    return replace(network, make=partial(Recommender, sizes), modes=modes, ranks=ranks, baselines=baselines)
 
 
 _DLRM = Network(Recommender, epochs=16, batch_size=1024, lr=2e-3, max_rank=8, kl_warmup=2, test_examples=32_768)
 _TABLE_RANK = 3
+_SAVINGS: dict[MethodName, Saving] = {
+    "drop-table": DROP_TABLE,
+    "hashing": HASHING,
+    "quotient-remainder": QUOTIENT_REMAINDER,
+}
 
 
 def _fitted(network: Network, data_dir: Path | None) -> Network:
