@@ -235,6 +235,25 @@ def test_made_up_rows_are_those_of_their_seed():
     assert int(many.rows[:, :COUNTS].min()) == -1
 
 
+def test_a_stream_gives_the_rows_of_its_seed_an_epoch_at_a_time(monkeypatch):
+    monkeypatch.setattr(_clicks, "_CHUNK", 40)
+    truth = _clicks.Truth((30, 1001))
+    whole = _clicks.make_clicks(100, 3, truth)
+    batches = _clicks.ClickStream(100, 3, truth, per_epoch=50).batches(16)
+    assert len(_clicks.ClickStream(100, 3, truth, per_epoch=50)) == 100
+    first = list(batches)
+    assert [len(labels) for _, labels in first] == [16, 16, 8, 16, 16, 8]
+    assert torch.equal(torch.cat([rows for rows, _ in first]), whole.rows[:80])
+    assert torch.equal(torch.cat([labels for _, labels in first]), whole.labels[:80])
+    state = batches.state_dict()
+    assert torch.equal(next(iter(batches))[0], whole.rows[80:96])  # Who only looks does not move it on.
+    second = torch.cat([rows for rows, _ in batches])
+    assert torch.equal(second, torch.cat([whole.rows[80:], whole.rows[:40]]))
+    again = _clicks.ClickStream(100, 3, truth, per_epoch=50).batches(16)
+    again.load_state_dict(state)
+    assert torch.equal(torch.cat([rows for rows, _ in again]), second)
+
+
 def test_made_up_clicks_follow_the_truth():
     made = _clicks.make_clicks(60_000, 0, _clicks.Truth(SIZES))
     assert float(made.labels.float().mean()) == pytest.approx(_clicks._CLICK_RATE, abs=0.02)

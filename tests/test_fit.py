@@ -164,9 +164,29 @@ def test_batches_may_be_mappings_and_nested():
     assert len(fit(model_of(), [{"in": [x], "out": y, "name": "first"}], nll, epochs=1)) == 1
 
 
-@pytest.mark.parametrize("own_generator", [False, True], ids=["global generator", "own generator"])
+class Placed:
+    """Batches of a stream, three an epoch, that says where it is as torchdata's StatefulDataLoader does."""
+
+    def __init__(self):
+        self.place = 0
+
+    def __iter__(self):
+        x, y = data()
+        for k in range(self.place, self.place + 3):
+            where = torch.arange(16 * k, 16 * k + 16) % len(x)
+            yield x[where], y[where]
+        self.place += 3
+
+    def state_dict(self):
+        return {"place": self.place}
+
+    def load_state_dict(self, state):
+        self.place = state["place"]
+
+
+@pytest.mark.parametrize("kind_of_loader", ["global generator", "own generator", "place"])
 @pytest.mark.parametrize("at", [1, 4])
-def test_an_interrupted_run_ends_as_the_uninterrupted_one(at, own_generator, posterior, tmp_path):
+def test_an_interrupted_run_ends_as_the_uninterrupted_one(at, kind_of_loader, posterior, tmp_path):
     """Noise, shuffling, momentum, schedule and cuts: all go on from where they were, bit for bit."""
 
     def run(path, stop_at=None):
@@ -175,7 +195,11 @@ def test_an_interrupted_run_ends_as_the_uninterrupted_one(at, own_generator, pos
             model[0].weight.factors[0][..., 0] *= 1e-3
             model[0].weight.factors[1][0] *= 1e-3
         torch.manual_seed(11)
-        loader = shuffled(torch.Generator().manual_seed(5) if own_generator else None)
+        loader = {
+            "global generator": shuffled,
+            "own generator": lambda: shuffled(torch.Generator().manual_seed(5)),
+            "place": Placed,
+        }[kind_of_loader]()
         seen = []
 
         def evaluate():
