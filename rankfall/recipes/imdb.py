@@ -155,11 +155,11 @@ def _network(make: Callable[[], nn.Module], lr: float) -> Network:
     # first, the KL silences them. A pass over texts takes long, so the evidence test looks at fewer of them.
     return Network(
         make,
-        epochs=12,
+        epochs=10,
         batch_size=64,
         lr=lr,
         max_rank=8,
-        kl_warmup=4,
+        kl_warmup=3,
         test_examples=2048,
         modes={"embedding": _WORDS},
         ranks={"embedding": _NUMBERS_OF_A_WORD},
