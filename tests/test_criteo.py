@@ -213,6 +213,11 @@ def test_the_model_is_dlrm():
     expected = model.top(torch.cat([vectors[0], torch.stack(products, 1)], 1))
     assert torch.allclose(logits[:, 1:], expected, atol=1e-4)
     assert not bool(logits[:, 0].any())
+    direction = torch.randn(6)
+    leaves = list(model.parameters())
+    found = torch.autograd.grad((logits[:, 1] * direction).sum(), leaves)
+    close = torch.autograd.grad((expected[:, 0] * direction).sum(), leaves)
+    torch.testing.assert_close(found, close, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("rows", [3, 1000, 1001, 5461306])

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from rankfall._formats import Modes
 from rankfall._modes import balanced_modes
@@ -20,7 +21,8 @@ KAGGLE_SIZES = (
     *(27, 14992, 5461306, 10, 5652, 2173, 4, 7046547, 18, 15, 286181, 105, 142572),
 )
 _BOTTOM, _TOP = (512, 256, 256, WIDTH), (512, 256, 1)
-# Rows of a table start with a spread of 1, and before they have learned anything each is noise to the others.
+# Rows of a table start with a spread of 1, and count as so much of it: before they have learned anything, each is noise
+# to the others.
 _SMALLER = 0.3
 _SMALL = 1000  # Rows up to which each has numbers of its own.
 
@@ -37,6 +39,26 @@ def table_modes(rows: int) -> tuple[Modes, Modes]:
     return balanced_modes(rows, 3), (4, 4, 8)
 
 
+class _Products(torch.autograd.Function):
+    """Inner products of pairs of vectors: (n, vectors, width) to (n, pairs), with one product for the gradient.
+
+    Of `vectors @ vectors.mT` autograd knows no symmetry, and takes two, and their sum.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, vectors: Tensor, pairs: Tensor) -> Tensor:  # pyright: ignore
+        ctx.save_for_backward(vectors, pairs)
+        return (vectors @ vectors.mT).flatten(1).index_select(1, pairs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
+        vectors, pairs = ctx.saved_tensors  # pyright: ignore[reportAttributeAccessIssue]
+        n, count, _ = vectors.shape
+        upper = gradient.new_zeros(n, count * count).index_copy_(1, pairs, gradient).view(n, count, count)
+        return (upper + upper.mT) @ vectors, None
+
+
 class Recommender(nn.Module):
     """13 counts through one network, 26 ids through tables, their products in pairs, and a second network to one logit.
 
@@ -49,6 +71,7 @@ class Recommender(nn.Module):
     """
 
     pairs: Tensor
+    weights: Tensor
 
     def __init__(self, sizes: Sequence[int] = KAGGLE_SIZES, *, stored: bool = False) -> None:
         super().__init__()
@@ -61,17 +84,17 @@ class Recommender(nn.Module):
         # Those with the counts' vector first: what a table says by itself comes in side by side, as modes like it.
         i, j = torch.triu_indices(vectors, vectors, offset=1)
         self.register_buffer("pairs", i * vectors + j, persistent=False)
+        weights = torch.where(i == 0, _SMALLER, _SMALLER**2) / WIDTH**0.5
+        self.register_buffer("weights", weights, persistent=False)
         self.top = _perceptron((WIDTH + len(i), *_TOP), last=nn.Identity())
 
     def forward(self, rows: Tensor) -> Tensor:
         """Logits of no click, always 0, and of a click, shape (n, 2), from counts and ids, shape (n, 13 + tables)."""
         counts = self.bottom(torch.log1p(rows[:, :COUNTS].clamp(min=0).float()))
         ids = rows[:, COUNTS:].T
-        vectors = torch.stack(
-            [counts, *(_SMALLER * table(one) for table, one in zip(self.tables, ids, strict=True))], 1
-        )
-        products = (vectors @ vectors.mT).flatten(1).index_select(1, self.pairs) / WIDTH**0.5
-        logit = self.top(torch.cat([counts, products], 1))
+        vectors = torch.stack([counts, *(table(one) for table, one in zip(self.tables, ids, strict=True))], 1)
+        products: Tensor = _Products.apply(vectors, self.pairs)  # pyright: ignore
+        logit = self.top(torch.cat([counts, products * self.weights], 1))
         return torch.cat([torch.zeros_like(logit), logit], 1)
 
 
