@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of a data set in memory, and the batches that they are given out in."""
+"""Rows of a data set, and the batches that they are given out in."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
 
-Rows: TypeAlias = tuple[Tensor, Tensor]
+from rankfall.recipes._stored import Rows, StoredRows
 
 PADDING = 0
 """The id of the token that fills up short texts."""
@@ -20,7 +19,7 @@ _BATCHES_SORTED = 50  # Texts of so many batches are sorted by length together: 
 
 @dataclass(frozen=True)
 class Data:
-    """Inputs and class labels, all in memory.
+    """Inputs and class labels, in memory or in files.
 
     Attributes:
         train: (inputs, labels) to learn from.
@@ -32,8 +31,8 @@ class Data:
         known: Figures that whoever made the rows reaches on the test rows.
     """
 
-    train: Rows
-    test: Rows
+    train: Rows | StoredRows
+    test: Rows | StoredRows
     augment: Callable[[Tensor], Tensor] | None = None
     texts: bool = False
     clicks: bool = False
@@ -41,15 +40,18 @@ class Data:
 
     def limited(self, rows: int | None) -> "Data":
         """The first `rows` training rows, and as many for testing; None keeps all."""
-        first = slice(rows)
-        return replace(self, train=_first(self.train, first), test=_first(self.test, first))
+        return replace(self, train=_first(self.train, rows), test=_first(self.test, rows))
 
     def cut(self, length: int | None) -> "Data":
         """Texts cut to so many tokens; None keeps them."""
         if length is None:
             return self
-        (train, train_labels), (test, test_labels) = self.train, self.test
-        return replace(self, train=(train[:, :length], train_labels), test=(test[:, :length], test_labels))
+        return replace(self, train=_cut(self.train, length), test=_cut(self.test, length))
+
+    @property
+    def num_train(self) -> int:
+        """Training rows."""
+        return len(self.train) if isinstance(self.train, StoredRows) else len(self.train[0])
 
     def batches(self, size: int) -> DataLoader:
         """Shuffled batches of the training rows, each gathered by one indexing."""
@@ -60,8 +62,10 @@ class Data:
         return self._loader(self.test, size, shuffled=False, augment=None)
 
     def _loader(
-        self, rows: Rows, size: int, *, shuffled: bool, augment: Callable[[Tensor], Tensor] | None
+        self, rows: Rows | StoredRows, size: int, *, shuffled: bool, augment: Callable[[Tensor], Tensor] | None
     ) -> DataLoader:
+        if isinstance(rows, StoredRows):
+            return rows.batches(size, shuffled=shuffled)
         gathered = _Gathered(rows, self.texts, augment)
         order = RandomSampler(gathered) if shuffled else SequentialSampler(gathered)
         sampler = (
@@ -72,8 +76,12 @@ class Data:
         return DataLoader(gathered, sampler=sampler, batch_size=None)
 
 
-def _first(rows: Rows, which: slice) -> Rows:
-    return rows[0][which], rows[1][which]
+def _first(rows: Rows | StoredRows, count: int | None) -> Rows | StoredRows:
+    return rows.first(count) if isinstance(rows, StoredRows) else (rows[0][:count], rows[1][:count])
+
+
+def _cut(rows: Rows | StoredRows, length: int) -> Rows | StoredRows:
+    return rows if isinstance(rows, StoredRows) else (rows[0][:, :length], rows[1])
 
 
 class _Gathered(Dataset[Rows]):
