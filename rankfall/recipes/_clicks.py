@@ -12,8 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from rankfall._formats import Modes
-from rankfall.recipes._data import Rows
 from rankfall.recipes._recommender import COUNTS, KAGGLE_SIZES, WIDTH, table_modes
+from rankfall.recipes._stored import Rows
 
 _CLICK_RATE = 0.2562  # Of Criteo's training rows.
 _SPREAD = 1.6  # Standard deviation of the planted log odds: an AUC of some 0.8 for who knows them.
@@ -189,7 +189,12 @@ class ClickStream:
     def __len__(self) -> int:
         return self._count
 
-    def batches(self, size: int) -> "ClickBatches":
+    def first(self, rows: int | None) -> "ClickStream":
+        """So many rows from the start; None keeps all."""
+        count = self._count if rows is None else min(rows, self._count)
+        return ClickStream(count, self._seed, self._truth, self._per_epoch * _CHUNK)
+
+    def batches(self, size: int, *, shuffled: bool = True) -> "ClickBatches":
         """Batches of one epoch, the next one each time that the last has been gone through."""
         make = partial(_chunk, count=self._count, seed=self._seed, truth=self._truth)
         return ClickBatches(make, _chunks(self._count), self._per_epoch, size)

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of a data set in memory, and the batches that they are given out in."""
+"""Rows of a data set, and the batches that they are given out in."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
 
-Rows: TypeAlias = tuple[Tensor, Tensor]
+from rankfall.recipes._stored import Rows
 
 PADDING = 0
 """The id of the token that fills up short texts."""
@@ -18,22 +18,26 @@ PADDING = 0
 _BATCHES_SORTED = 50  # Texts of so many batches are sorted by length together: little padding, and still a mix.
 
 
-class Stream(Protocol):
-    """Rows to learn from that are not all in memory at once."""
+class Source(Protocol):
+    """Rows that are not all in memory at once: they are read or made when they are asked for."""
 
     def __len__(self) -> int: ...
 
-    def batches(self, size: int) -> Iterable[Rows]:
-        """Batches of one epoch, as often as it is iterated; an epoch may be a part of the rows."""
+    def first(self, rows: int | None) -> "Source":
+        """So many rows from the start; None keeps all."""
+        ...
+
+    def batches(self, size: int, *, shuffled: bool) -> Iterable[Rows]:
+        """Batches of one epoch, as often as it is iterated; an epoch of training may be a part of the rows."""
         ...
 
 
 @dataclass(frozen=True)
 class Data:
-    """Inputs and class labels.
+    """Inputs and class labels, in memory or not.
 
     Attributes:
-        train: (inputs, labels) to learn from, or a stream of them.
+        train: (inputs, labels) to learn from.
         test: (inputs, labels) to measure with.
         augment: Changes the inputs of a training batch at random.
         texts: Whether inputs are token ids, filled up with PADDING: batches are then of similar length, and cut to
@@ -42,44 +46,41 @@ class Data:
         known: Figures that whoever made the rows reaches on the test rows.
     """
 
-    train: Rows | Stream
-    test: Rows
+    train: Rows | Source
+    test: Rows | Source
     augment: Callable[[Tensor], Tensor] | None = None
     texts: bool = False
     clicks: bool = False
     known: Mapping[str, float] = field(default_factory=dict)
 
-    @property
-    def num_train(self) -> int:
-        """How many rows there are to learn from."""
-        return len(self.train[0] if isinstance(self.train, tuple) else self.train)
-
     def limited(self, rows: int | None) -> "Data":
-        """The first `rows` training rows, and as many for testing; None keeps all. A stream is as long as it is."""
-        first = slice(rows)
-        train = _first(self.train, first) if isinstance(self.train, tuple) else self.train
-        return replace(self, train=train, test=_first(self.test, first))
+        """The first `rows` training rows, and as many for testing; None keeps all."""
+        return replace(self, train=_first(self.train, rows), test=_first(self.test, rows))
 
     def cut(self, length: int | None) -> "Data":
         """Texts cut to so many tokens; None keeps them."""
-        if length is None or not isinstance(self.train, tuple):
+        if length is None:
             return self
-        (train, train_labels), (test, test_labels) = self.train, self.test
-        return replace(self, train=(train[:, :length], train_labels), test=(test[:, :length], test_labels))
+        return replace(self, train=_cut(self.train, length), test=_cut(self.test, length))
+
+    @property
+    def num_train(self) -> int:
+        """Training rows."""
+        return len(self.train[0] if isinstance(self.train, tuple) else self.train)
 
     def batches(self, size: int) -> Iterable[Rows]:
-        """Shuffled batches of the training rows, each gathered by one indexing, or what a stream gives."""
-        if not isinstance(self.train, tuple):
-            return self.train.batches(size)
+        """Shuffled batches of the training rows, each gathered by one indexing."""
         return self._loader(self.train, size, shuffled=True, augment=self.augment)
 
-    def test_batches(self, size: int) -> DataLoader:
+    def test_batches(self, size: int) -> Iterable[Rows]:
         """Batches of the test rows."""
         return self._loader(self.test, size, shuffled=False, augment=None)
 
     def _loader(
-        self, rows: Rows, size: int, *, shuffled: bool, augment: Callable[[Tensor], Tensor] | None
-    ) -> DataLoader:
+        self, rows: Rows | Source, size: int, *, shuffled: bool, augment: Callable[[Tensor], Tensor] | None
+    ) -> Iterable[Rows]:
+        if not isinstance(rows, tuple):
+            return rows.batches(size, shuffled=shuffled)
         gathered = _Gathered(rows, self.texts, augment)
         order = RandomSampler(gathered) if shuffled else SequentialSampler(gathered)
         sampler = (
@@ -90,8 +91,12 @@ class Data:
         return DataLoader(gathered, sampler=sampler, batch_size=None)
 
 
-def _first(rows: Rows, which: slice) -> Rows:
-    return rows[0][which], rows[1][which]
+def _first(rows: Rows | Source, count: int | None) -> Rows | Source:
+    return (rows[0][:count], rows[1][:count]) if isinstance(rows, tuple) else rows.first(count)
+
+
+def _cut(rows: Rows | Source, length: int) -> Rows | Source:
+    return (rows[0][:, :length], rows[1]) if isinstance(rows, tuple) else rows
 
 
 class _Gathered(Dataset[Rows]):

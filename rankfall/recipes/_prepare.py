@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal
 
@@ -19,6 +20,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rankfall._files import write_atomic
 from rankfall.recipes._optional import polars
 from rankfall.recipes._recommender import COUNTS
+from rankfall.recipes._stored import PIECE
 
 TABLES = 26
 MISSING = -1
@@ -167,7 +169,7 @@ def _write(
         for part, which in (("train", ~is_test), ("test", is_test)):
             name = f"{part}-{len(files[part]):05}.parquet"
             chosen = ready.filter(pl.Series(which))
-            write_atomic(options.out / name, chosen.write_parquet)
+            write_atomic(options.out / name, partial(chosen.write_parquet, row_group_size=PIECE))
             rows[part] += len(chosen)
             files[part].append(name)
     return rows, files

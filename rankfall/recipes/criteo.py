@@ -2,7 +2,7 @@
 """Clicks on advertisements: DLRM with 26 tables, on prepared rows of Criteo's data or on made-up ones of full size."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -11,19 +11,20 @@ from typing import Any
 import torch
 
 from rankfall.recipes._clicks import Clicks, ClickStream, Truth, make_clicks
-from rankfall.recipes._data import Data, Rows
+from rankfall.recipes._data import Data
 from rankfall.recipes._hashed import DROP_TABLE, HASHING, QUOTIENT_REMAINDER, Saving, save_rows_
 from rankfall.recipes._metrics import click_figures, figures
-from rankfall.recipes._optional import polars
 from rankfall.recipes._options import MethodName
 from rankfall.recipes._prepare import INDEX
 from rankfall.recipes._recipe import Network, Recipe
 from rankfall.recipes._recommender import KAGGLE_SIZES, Recommender, table_modes
+from rankfall.recipes._stored import StoredRows
 
 _ROWS = 16_777_216
 _TEST_PART = 10  # One row in so many is for testing.
 _TEST_ROWS = 131_072
 _TRAIN_SEED, _TEST_SEED = 0, 1
+_IN_MEMORY = 4_000_000  # Rows up to which they are held, 160 bytes each; more are read in every pass.
 
 
 def _load(data_dir: Path | None) -> Data:
@@ -32,8 +33,10 @@ def _load(data_dir: Path | None) -> Data:
             "criteo needs --synthetic, or --data-dir with what `rankfall prepare criteo train.txt --out DIR` has made."
         )
     index = read_index(data_dir)
-    files = index["files"]
-    return Data(_rows(data_dir, files["train"]), _rows(data_dir, files["test"]), clicks=True)
+    train, test = (_stored(data_dir, index, part) for part in ("train", "test"))
+    if len(train) + len(test) > _IN_MEMORY:
+        return Data(train, test, clicks=True)
+    return Data(train.read(), test.read(), clicks=True)
 
 
 def read_index(data_dir: Path) -> dict[str, Any]:
@@ -56,20 +59,13 @@ def read_index(data_dir: Path) -> dict[str, Any]:
     return index
 
 
-def _rows(folder: Path, files: Sequence[str]) -> Rows:
-    parts = [_read(folder / name) for name in files]
-    return torch.cat([rows for rows, _ in parts]), torch.cat([labels for _, labels in parts])
-
-
-def _read(path: Path) -> Rows:
-    pl = polars()
-    try:
-        frame = pl.read_parquet(path)
-    except (OSError, pl.exceptions.PolarsError) as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"{path} is missing or damaged: {reason}. Prepare the rows again.") from error
-    labels = torch.from_numpy(frame["label"].to_numpy().astype("int64"))
-    return torch.from_numpy(frame.drop("label").to_numpy().astype("int32")), labels
+def _stored(folder: Path, index: Mapping[str, Any], part: str) -> StoredRows:
+    rows, noted = StoredRows.of([folder / name for name in index["files"][part]]), index["rows"][part]
+    if len(rows) != noted:
+        raise ValueError(
+            f"{folder} holds {len(rows):,} {part} rows, and {INDEX} says {noted:,}. Prepare the rows again."
+        )
+    return rows
 
 
 @lru_cache(maxsize=1)  # A comparison is measured with the same rows in every run.
