@@ -84,7 +84,8 @@ def _known(test: Clicks) -> dict[str, float]:
     return {f"truth_{name.removeprefix('test_')}": value for name, value in found.items()}
 
 
-def _of_sizes(network: Network, sizes: tuple[int, ...]) -> Network:
+def of_sizes(network: Network, sizes: tuple[int, ...]) -> Network:
+    """The network for tables of other sizes."""
     modes = {f"tables.{k}": table_modes(rows) for k, rows in enumerate(sizes)}
     ranks = dict.fromkeys(modes, _TABLE_RANK)
     baselines = {name: partial(save_rows_, saving=saving) for name, saving in _SAVINGS.items()}
@@ -101,7 +102,7 @@ _SAVINGS: dict[MethodName, Saving] = {
 
 
 def _fitted(network: Network, data_dir: Path | None) -> Network:
-    return _of_sizes(network, KAGGLE_SIZES if data_dir is None else tuple(read_index(data_dir)["sizes"]))
+    return of_sizes(network, KAGGLE_SIZES if data_dir is None else tuple(read_index(data_dir)["sizes"]))
 
 
 RECIPE = Recipe("criteo", _load, {"dlrm": _DLRM}, made_up=_made_up, fitted=_fitted)
