@@ -28,6 +28,7 @@ from _report import machine, table
 from torch import Tensor, nn
 
 import rankfall as rf
+from rankfall._elbo import JointDraw
 from rankfall._pages import keep_pages
 from rankfall.recipes._clicks import draw
 from rankfall.recipes._options import TrainOptions
@@ -85,10 +86,11 @@ def _measured(rival: str, batch: int, rounds: int) -> dict[str, float]:
 def _whole() -> Step:
     network = RECIPES["criteo"].network(None)
     model = build_model(network, TrainOptions("criteo", synthetic=True))
-    optimizer = torch.optim.Adam(rf.parameter_groups(model, network.lr), fused=True)
+    optimizer, sample = torch.optim.Adam(rf.parameter_groups(model, network.lr), fused=True), JointDraw(model)
 
     def step(rows: Tensor, labels: Tensor) -> None:
-        loss = F.cross_entropy(model(rows), labels) + rf.kl(model) / 45e6
+        with sample() as kl:
+            loss = F.cross_entropy(model(rows), labels) + kl / 45e6
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
