@@ -143,27 +143,17 @@ class Encoder(nn.Module):
         return self.out((read * weights).sum(1))
 
 
-# Each word has numbers of its own, a few, and one map takes them to the width: which words praise is no matter of the
-# digits of their ids. A rare word of which the data say little costs little either, since its numbers may stay as wide
-# as the prior. Two numbers a word are more than all the rest of the network has.
-_WORDS = ((_VOCABULARY, 1), (1, 256))
-_NUMBERS_OF_A_WORD = 2
+# Words by frequency: a thousand frequent ones, then the next thousand, and so on. What a word says by itself is then a
+# matrix of 25 x 1000 whose rank the table can bear, each word with numbers of its own; modes of a few entries each
+# would share all their numbers among all words.
+_WORDS = ((25, 1, 1, 1000), (1, 16, 16, 1))
 
 
 def _network(make: Callable[[], nn.Module], lr: float) -> Network:
     # The data have 25,000 bits to tell and a fresh posterior costs several nats an entry: unless the reviews speak
     # first, the KL silences them. A pass over texts takes long, so the evidence test looks at fewer of them.
-    return Network(
-        make,
-        epochs=10,
-        batch_size=64,
-        lr=lr,
-        max_rank=8,
-        kl_warmup=3,
-        test_examples=2048,
-        modes={"embedding": _WORDS},
-        ranks={"embedding": _NUMBERS_OF_A_WORD},
-    )
+    modes = {"embedding": _WORDS}
+    return Network(make, epochs=10, batch_size=64, lr=lr, max_rank=8, kl_warmup=4, test_examples=2048, modes=modes)
 
 
 RECIPE = Recipe("imdb", _load, {"lstm": _network(Reader, lr=1e-3)}, length=128)
