@@ -29,6 +29,8 @@ def is_first_started() -> bool:
 def leave() -> None:
     """Leaves the processes of the run, at its end."""
     if dist.is_initialized():
+        # Where one is gone while another still ends, gloo's threads may abort the latter.
+        dist.barrier()
         dist.destroy_process_group()
 
 
