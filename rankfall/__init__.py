@@ -29,6 +29,7 @@ from rankfall._ranks import prune_ as prune_
 from rankfall._ranks import ranks as ranks
 from rankfall._selection import Evidence as Evidence
 from rankfall._selection import Shrinkage as Shrinkage
+from rankfall._statistics import refit_batch_norm_ as refit_batch_norm_
 from rankfall._summary import summary as summary
 from rankfall._tensor import LowRankTensor as LowRankTensor
 from rankfall._tensorize import tensorize_ as tensorize_

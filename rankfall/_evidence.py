@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from rankfall._elbo import check_weights
 from rankfall._formats import CP, TR
 from rankfall._losses import Agree, Batches, Losses, Verdict, weigh
+from rankfall._statistics import evaluating
 from rankfall._tensor import LowRankTensor
 from rankfall._walk import finite_tensors, layer_path, low_rank_tensors
 
@@ -176,7 +177,7 @@ def search_ranks_(
     test = _Test(batches, num_data, beta, z, agree)
     changes: list[RankChange] = []
     misses: list[RankChange] = []
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), evaluating(model):
         base = test.checked_losses()
         for path, tensor in tensors:
             found, missed, base = _select(tensor, layer_path(path), test, base, max_cut)
@@ -206,17 +207,6 @@ def prior_side(model: nn.Module, num_data: int, beta: float) -> float:
     """What all low-rank tensors cost apart from the data, in nats: their side of the evidence test."""
     with torch.no_grad():
         return sum(beta * _worth(tensor, num_data) for _, tensor in low_rank_tensors(model))
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from rankfall._resume import Record, RunState
 from rankfall._selection import Evidence, Selection, Training, select_
 from rankfall._shards import NO_BATCH, Shard
 from rankfall._sharing import share_buffers_
+from rankfall._statistics import evaluating, learns_under_draws, measuring, normalised_layers
 from rankfall._summary import summary
 from rankfall._walk import low_rank_tensors
 
@@ -37,6 +38,7 @@ NLL: TypeAlias = Callable[[nn.Module, Batch], Tensor]
 _STEPS_BETWEEN_CHECKS = 50
 _LR = 1e-3
 _WARMUP_PART = 20
+_NORMALISED_BY = 4096  # Examples that statistics of batch normalisation at the posterior mean are averages over.
 
 
 def fit(  # noqa: PLR0913  one call with defaults is what a reference loop is for
@@ -60,7 +62,9 @@ def fit(  # noqa: PLR0913  one call with defaults is what a reference loop is fo
     """Trains a model by minimising nll_mean + beta * KL / num_data, cutting slices between epochs.
 
     A model without low-rank tensors is trained on its NLL alone, so that the dense twin of a comparison uses the same
-    loop. Devices and mixed precision come from Accelerate; the KL stays in float32.
+    loop. Devices and mixed precision come from Accelerate; the KL stays in float32. Before ranks are chosen and the
+    model is evaluated, batch normalisation gets the statistics of the posterior mean (`rf.refit_batch_norm_`) on 4,096
+    examples of another pass over the data.
 
     Several processes, started by torchrun or `accelerate launch`, train one model: call it in the same way on each.
     They begin as the first one does, whatever their seeds. Each step is that of the mean over all their examples, each
@@ -146,11 +150,13 @@ def fit(  # noqa: PLR0913  one call with defaults is what a reference loop is fo
             record = {"epoch": epoch, **_train_epoch(objective, batches, stepper), "lr": scheduler.get_last_lr()[0]}
             scheduler.step()
             record["ranks"] = ranks(model)
+            _normalise_(model, sample, processes)
             if selection is not None and has_kl:
                 trained = time.perf_counter()
-                share_buffers_(model, processes)
                 record |= select_(selection, model, optimizer, [*history, record], training)
                 record["selection_seconds"] = time.perf_counter() - trained
+                if ranks(model) != record["ranks"]:
+                    _normalise_(model, sample, processes)
             state.share_(processes)
             counts = summary(model)
             record |= {"parameters": counts.parameters, "compression": counts.compression, "ranks": ranks(model)}
@@ -339,6 +345,14 @@ def _train_epoch(objective: _Objective, batches: Shard, optimizer: Optimizer) ->
         raise ValueError("loader gave no batch. Pass a DataLoader or a list, which can be iterated again each epoch.")
     objective.check(sums.loss, 0)
     return sums.record(processes)
+
+
+def _normalise_(model: nn.Module, sample: Callable[[int], object], processes: Processes) -> None:
+    """Statistics of batch normalisation as they are at the posterior mean, and those of the first process on each."""
+    if learns_under_draws(model):
+        with evaluating(model), measuring(normalised_layers(model)):
+            sample(_NORMALISED_BY)
+    share_buffers_(model, processes)
 
 
 def _sample(

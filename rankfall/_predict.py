@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The posterior predictive: what a model says under draws of its factors."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,12 +9,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rankfall._statistics import keeping, measuring, normalised_layers
 from rankfall._tensor import LowRankTensor
 from rankfall._walk import finite_tensors
 
 
 @torch.no_grad()
-def predict(model: nn.Module, *inputs: Any, samples: int = 32) -> Float[Tensor, "draws ..."]:  # noqa: ANN401
+def predict(
+    model: nn.Module,
+    *inputs: Any,  # noqa: ANN401
+    samples: int = 32,
+    batch_norm_inputs: Sequence[Any] = (),
+) -> Float[Tensor, "draws ..."]:
     """The outputs of a model under draws of all its factors from the posterior, stacked.
 
     Every draw is one set of factors for the whole input. Dropout and normalisation act as in eval mode; the model is
@@ -33,6 +39,9 @@ def predict(model: nn.Module, *inputs: Any, samples: int = 32) -> Float[Tensor, 
         model: A model with low-rank tensors that returns one tensor. With rf.Point all draws are the same.
         *inputs: What its forward takes.
         samples: Number of draws; the error of the predictive mean falls with its square root.
+        batch_norm_inputs: Batches of training inputs, some thousand examples together, on which batch normalisation
+            gets the statistics of each draw, as for the draws of Maddox et al., arXiv 1902.02476, section 3. Those that
+            the model has are of the posterior mean, and of no draw. It keeps them.
 
     Raises:
         ValueError: If `samples` is under 1, there is no low-rank tensor, or a factor is not finite.
@@ -40,11 +49,15 @@ def predict(model: nn.Module, *inputs: Any, samples: int = 32) -> Float[Tensor, 
     """
     if samples < 1:
         raise ValueError(f"samples must be 1 or more, got {samples}.")
-    finite_tensors(model, "draw from")
-    outputs = []
-    with _drawing(model):
+    tensors = [tensor for _, tensor in finite_tensors(model, "draw from")]
+    outputs, layers = [], normalised_layers(model) if batch_norm_inputs else []
+    with _drawing(model), keeping(layers):
         for _ in range(samples):
-            output = model(*inputs)
+            with _held_draw(tensors):
+                with measuring(layers):
+                    for batch in batch_norm_inputs:
+                        model(batch)
+                output = model(*inputs)
             if not isinstance(output, Tensor):
                 raise TypeError(
                     f"{type(model).__name__} returned a {type(output).__name__}, and only tensors can be stacked. "
@@ -52,6 +65,18 @@ def predict(model: nn.Module, *inputs: Any, samples: int = 32) -> Float[Tensor, 
                 )
             outputs.append(output)
     return torch.stack(outputs)
+
+
+@contextmanager
+def _held_draw(tensors: list[LowRankTensor]) -> Iterator[None]:
+    """One draw of all factors, for every forward inside."""
+    try:
+        for tensor in tensors:
+            tensor.given[:] = tensor.drawn()
+        yield
+    finally:
+        for tensor in tensors:
+            tensor.given.clear()
 
 
 @contextmanager
