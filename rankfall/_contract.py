@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rankfall._einsum import Axes, Plan, Shapes, contract, plan, planned_once, run, shapes_of
-from rankfall._formats import Layout
+from rankfall._layout import Layout
 
 SLOWER_IN_STEPS = 2
 """How much longer a contraction pair by pair takes than its operations say: batched products, and copies between."""

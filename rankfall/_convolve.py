@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rankfall import _contract
 from rankfall._einsum import Axes, contract, cost_of, planned_once, shapes_of
-from rankfall._formats import Layout
+from rankfall._layout import Layout
 
 Sizes: TypeAlias = tuple[int, ...]
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

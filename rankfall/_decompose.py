@@ -10,7 +10,8 @@ from torch import Tensor
 
 from rankfall._contract import squared_norm
 from rankfall._einsum import Axes, contract
-from rankfall._formats import CP, TR, Format, Layout, Tucker
+from rankfall._formats import CP, TR, Format, Tucker
+from rankfall._layout import Layout
 
 # Singular values under this fraction of the largest are rounding errors of float32 weights read into float64.
 _NUMERICAL_ZERO = 1e-7

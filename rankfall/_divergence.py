@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from rankfall._formats import Layout
+from rankfall._layout import Layout
 from rankfall._priors import Prior, kl_of_moments
 
 _CORE_STD = 10.0  # Prior standard deviation of the Tucker core (arXiv 2010.08689).

@@ -20,18 +20,21 @@ from rankfall._statistics import evaluating
 from rankfall._tensor import LowRankTensor
 from rankfall._walk import finite_tensors, layer_path, low_rank_tensors
 
+_ROWS = "rows"
+_ROW_SIZES = 4  # How many cuts of the rows of a table are weighed.
+
 PerExampleNLL = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
 class RankChange:
-    """One bond that the evidence test made smaller.
+    """One bond that the evidence test made smaller, or the rows of a table.
 
     Attributes:
         name: Path of the layer.
-        bond: Name of the bond.
-        before: Rank before.
-        after: Rank after; 0 if the weight carries nothing that pays for itself.
+        bond: Name of the bond; "rows" for the rows of a table.
+        before: Rank before, or rows.
+        after: Rank after, or rows; rank 0 if the weight carries nothing that pays for itself.
         nll_cost: What the data loses by it, over all of `num_data`, in nats: the upper bound that was tested.
         saved: What the prior side gains by it, in nats, times beta.
     """
@@ -114,6 +117,10 @@ def select_ranks_(
     overlap, the candidate is the best tensor of the smaller rank (least squares on Gram matrices; the weight is never
     formed). All cuts of a tensor together have to pay for what turning its slices costs the KL. A tensor that loses
     nothing stays as it was, bit for bit.
+
+    Of the tables of rf.nn.Embedding and EmbeddingBag the last rows are tried as well, by the same criterion, in steps
+    of the leading digit: of ids that are numbered by frequency the rarest go, about which the data say too little to
+    pay for numbers of their own. They read as zeros from then on.
 
     Call it between steps, once the training loss has settled: a model that has not learned yet is cut too far.
 
@@ -254,11 +261,38 @@ def _select(
                 base = test.losses()
             else:
                 missed.append(RankChange(name, bond, rank, best.rank, best.cost, best.saved))
+        if (cut := _cut_rows(tensor, name, test, base, max_cut)) is not None:
+            found.append(cut)
+            _reduce(tensor, _ROWS, cut.after, None)
+            base = test.losses()
         # Turning the slices has its price, since correlations of the posterior are dropped; cuts have to bear it too.
         saved = test.saved(before, tensor)
     if saved > sum(change.nll_cost for change in found):
         return found, missed, base
     return [], missed, uncut
+
+
+def _cut_rows(tensor: LowRankTensor, name: str, test: _Test, base: Losses, max_cut: float) -> RankChange | None:
+    """The cut of a table's last rows for which saved - cost is expected to be largest, if it passes.
+
+    Few sizes are tried: what a single row says is lost in sampling error, what a thousand of them say is not.
+    """
+    rows, each = tensor.rows, tensor.layout.leading_rows
+    sizes = {rows - math.floor(part / _ROW_SIZES * max_cut * rows) for part in range(1, _ROW_SIZES + 1)}
+    # As many as have a whole number of leading digits, and one at least.
+    sizes = sorted({max(-(-size // each), 1) * each for size in sizes} - {-(-rows // each) * each}, reverse=True)
+    if not tensor.may_lose_rows or 0 in tensor.ranks.values() or not sizes:
+        return None
+    at = _candidates(tensor, _ROWS, test)
+    best = at(sizes[0])
+    for size in sizes[1:]:
+        further = at(size)
+        if test.weigh(further.losses, best.losses, further.saved - best.saved).is_less:
+            best = further
+    verdict = test.weigh(best.losses, base, best.saved, test.z)
+    if not verdict.is_less:
+        return None
+    return RankChange(name, _ROWS, rows, best.rank, verdict.bound, best.saved)
 
 
 class _Weighed(NamedTuple):
@@ -281,15 +315,7 @@ def _best_rank(tensor: LowRankTensor, bond: str, test: _Test, base: Losses, leas
     The smallest rank that passes would be too small: a slice that is worth keeping could go on the account of
     worthless ones that go with it.
     """
-    worth, single = _worth(tensor, test.num_data), tensor.ranks[bond] - 1
-
-    @cache
-    def at(rank: int) -> _Candidate:
-        with _trying(tensor):
-            _reduce(tensor, bond, rank, None)
-            saved = test.saved(worth, tensor)
-            held = partial(_holding, tensor, [p.data for p in tensor.parameters()])
-        return _Candidate(rank, saved, Losses(test.batches, held))
+    at, single = _candidates(tensor, bond, test), tensor.ranks[bond] - 1
 
     def gains_more(one: _Candidate, losses: Losses, saved: float) -> bool:
         return test.weigh(one.losses, losses, one.saved - saved).is_less
@@ -309,6 +335,21 @@ def _best_rank(tensor: LowRankTensor, bond: str, test: _Test, base: Losses, leas
     return _Weighed(best.rank, verdict.expected, verdict.bound, best.saved, verdict.is_less)
 
 
+def _candidates(tensor: LowRankTensor, bond: str, test: _Test) -> Callable[[int], _Candidate]:
+    """Each rank of a bond, or number of rows, with what it saves and costs."""
+    worth = _worth(tensor, test.num_data)
+
+    @cache
+    def at(size: int) -> _Candidate:
+        with _trying(tensor):
+            _reduce(tensor, bond, size, None)
+            saved = test.saved(worth, tensor)
+            held = partial(_holding, tensor, [p.data for p in tensor.parameters()])
+        return _Candidate(size, saved, Losses(test.batches, held))
+
+    return at
+
+
 def _worth(tensor: LowRankTensor, num_data: int) -> float:
     """What the prior side charges for a tensor, in nats."""
     if len(tensor.log_stds):
@@ -317,7 +358,13 @@ def _worth(tensor: LowRankTensor, num_data: int) -> float:
 
 
 def _reduce(tensor: LowRankTensor, bond: str, rank: int, optimizer: Optimizer | None) -> None:
-    """The tensor with a bond of a smaller rank: its strongest slices, refitted to the whole where they may overlap."""
+    """The tensor with a bond of a smaller rank: its strongest slices, refitted to the whole where they may overlap.
+
+    Of the rows of a table the first ones stay.
+    """
+    if bond == _ROWS:
+        tensor.keep_rows_(min(rank, tensor.rows), optimizer)
+        return
     strongest = tensor.strengths(bond).argsort(descending=True, stable=True)[:rank].sort().values
     if isinstance(tensor.format, CP | TR) and rank and all(tensor.ranks.values()):
         tensor.refit_(bond, strongest, optimizer)

@@ -219,8 +219,11 @@ def _factored_linear(layer: Linear, factors: list[nn.Parameter], batch_size: int
         pending.append(graph.get_attr(f"factor_{k}"))
     y = _einsums(graph, pending, _matmul.linear_plan(layout, shapes_of(factors), batch_size))
     y = graph.call_method("flatten", (y, -len(out_modes)))
-    if padded_out > layer.out_features:
-        y = graph.call_method("narrow", (y, -1, 0, layer.out_features))
+    rows = layer.weight.rows  # Of a tied table some may be gone.
+    if padded_out > rows:
+        y = graph.call_method("narrow", (y, -1, 0, rows))
+    if rows < layer.out_features:
+        y = graph.call_function(F.pad, (y, (0, layer.out_features - rows)))
     root.register_parameter("bias", layer.bias)
     if layer.bias is not None:
         y = graph.call_function(operator.add, (y, graph.get_attr("bias")))
@@ -276,7 +279,8 @@ def _read_rows(
     batch_size: int,
 ) -> fx.Node:
     """Rows of a table in factors by their ids, shape (n, width); registers the factors."""
-    layout, rest, digit = weight.layout, flat, {}
+    layout, digit = weight.layout, {}
+    rest = flat if weight.rows == weight.shape[0] else graph.call_method("clamp", (flat,), {"max": weight.rows - 1})
     for name, mode in zip(reversed(layout.axes[0]), reversed(layout.modes[0]), strict=True):
         digit[name] = graph.call_function(torch.remainder, (rest, mode))
         rest = graph.call_function(torch.div, (rest, mode), {"rounding_mode": "floor"})
@@ -290,7 +294,11 @@ def _read_rows(
             read = graph.call_method("index_select", (read, 0, digit[axes[dim]]))
         pending.append(read)
     rows = _einsums(graph, pending, lookup_plan(layout, shapes_of(factors), batch_size))
-    return graph.call_method("narrow", (graph.call_method("flatten", (rows, 1)), 1, 0, layout.shape[1]))
+    rows = graph.call_method("narrow", (graph.call_method("flatten", (rows, 1)), 1, 0, layout.shape[1]))
+    if weight.rows == weight.shape[0]:
+        return rows
+    is_left = graph.call_method("unsqueeze", (graph.call_function(operator.lt, (flat, weight.rows)), 1))
+    return graph.call_function(operator.mul, (rows, is_left))
 
 
 def _einsums(graph: fx.Graph, pending: list[fx.Node], plan: Plan) -> fx.Node:

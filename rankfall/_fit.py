@@ -151,11 +151,12 @@ def fit(  # noqa: PLR0913  one call with defaults is what a reference loop is fo
             scheduler.step()
             record["ranks"] = ranks(model)
             _normalise_(model, sample, processes)
+            sizes = [p.shape for p in model.parameters()]
             if selection is not None and has_kl:
                 trained = time.perf_counter()
                 record |= select_(selection, model, optimizer, [*history, record], training)
                 record["selection_seconds"] = time.perf_counter() - trained
-                if ranks(model) != record["ranks"]:
+                if [p.shape for p in model.parameters()] != sizes:
                     _normalise_(model, sample, processes)
             state.share_(processes)
             counts = summary(model)

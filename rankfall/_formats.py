@@ -1,90 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The five tensor formats, each a value object that names the axes of its factors; all else is read off those names.
-
-A name that stands in the data is a mode (`o1`, `i2`); a name that stands only in factors is a bond (`r1`); the rank is
-the size of a bond. Everything that rankfall computes, from contraction to pruning, is written once over these names.
-"""
+"""The five tensor formats, each a value object that names the axes of its factors; all else is read off those names."""
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
 from rankfall._einsum import Axes
+from rankfall._layout import Layout, Modes, mode_names
 from rankfall._modes import balanced_modes, mode_count, paired_modes
 
-Modes: TypeAlias = tuple[int, ...]
-
-_AXIS_LETTERS = "oiklmnpqstuvwxyz"
 # Mode size at which a chain needs few parameters and still few factors; and the largest number of modes an axis is
 # split into for Tucker, whose core has a dimension per mode, and CP, whose gradients are products over all modes.
 _MODE_SIZE, _WIDE_MODES = 5.0, 2
 # Modes that a user gives may make an axis a little longer, as the vocabulary of a table wants it; more is a mistake.
 _MOST_PADDED = 1.1
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A format applied to a shape: which factors there are, which axes they have, which bond governs which entries.
-
-    Attributes:
-        shape: The shape of the tensor as its user sees it.
-        modes: The modes of each axis; their product is the axis, or more where it is padded.
-        factors: The axis names of each factor.
-        governs: For each bond, the (factor, dimension) pairs whose entries have the prior scale of that bond's slices.
-        core: The index of the Tucker core, which has a fixed prior; None for other formats.
-    """
-
-    shape: tuple[int, ...]
-    modes: tuple[Modes, ...]
-    factors: tuple[Axes, ...]
-    governs: tuple[tuple[str, tuple[tuple[int, int], ...]], ...]
-    core: int | None = None
-
-    @property
-    def axes(self) -> tuple[Axes, ...]:
-        """The mode names of each axis of the tensor."""
-        return _mode_names(self.modes)
-
-    @property
-    def bonds(self) -> tuple[str, ...]:
-        """The names of all bonds."""
-        return tuple(bond for bond, _ in self.governs)
-
-    @property
-    def mode_sizes(self) -> dict[str, int]:
-        """The size of each mode."""
-        return {
-            n: size
-            for names, sizes in zip(self.axes, self.modes, strict=True)
-            for n, size in zip(names, sizes, strict=True)
-        }
-
-    @property
-    def padded_shape(self) -> tuple[int, ...]:
-        """The product of the modes of each axis."""
-        return tuple(math.prod(modes) for modes in self.modes)
-
-    def places(self, bond: str) -> tuple[tuple[int, int], ...]:
-        """Every (factor, dimension) that bears a bond."""
-        return tuple((k, dim) for k, axes in enumerate(self.factors) for dim, name in enumerate(axes) if name == bond)
-
-    def factor_shapes(self, ranks: Mapping[str, int]) -> tuple[tuple[int, ...], ...]:
-        """The shapes of all factors at the given ranks."""
-        sizes = self.mode_sizes | dict(ranks)
-        return tuple(tuple(sizes[name] for name in axes) for axes in self.factors)
-
-    def ranks(self, shapes: Sequence[Sequence[int]]) -> dict[str, int]:
-        """The rank of every bond, read off the shapes of the factors: it is stored nowhere else."""
-        return {bond: shapes[places[0][0]][places[0][1]] for bond, places in self.governs}
-
-
-def _mode_names(modes: Sequence[Modes]) -> tuple[Axes, ...]:
-    return tuple(
-        tuple(f"{letter}{k + 1}" for k in range(len(sizes)))
-        for letter, sizes in zip(_AXIS_LETTERS, modes, strict=False)
-    )
 
 
 def _is_count(value: object) -> bool:
@@ -215,7 +145,7 @@ class CP(Format):
         return _split_axes(shape, given, _WIDE_MODES)
 
     def _arrange(self, shape: tuple[int, ...], modes: tuple[Modes, ...]) -> Layout:
-        factors = tuple((name, "r") for name in _flat(_mode_names(modes)))
+        factors = tuple((name, "r") for name in _flat(mode_names(modes)))
         return Layout(shape, modes, factors, (("r", tuple((k, 1) for k in range(len(factors)))),))
 
     def _cap(self, layout: Layout, ranks: dict[str, int]) -> dict[str, int]:
@@ -242,7 +172,7 @@ class Tucker(Format):
         return _split_axes(shape, given, _WIDE_MODES)
 
     def _arrange(self, shape: tuple[int, ...], modes: tuple[Modes, ...]) -> Layout:
-        names = _flat(_mode_names(modes))
+        names = _flat(mode_names(modes))
         bonds = tuple(f"r{k + 1}" for k in range(len(names)))
         governs = tuple((bond, ((k + 1, 1),)) for k, bond in enumerate(bonds))
         return Layout(shape, modes, (bonds, *zip(names, bonds, strict=True)), governs, core=0)
@@ -299,7 +229,7 @@ class TT(Format):
         return _split_axes(shape, given)
 
     def _arrange(self, shape: tuple[int, ...], modes: tuple[Modes, ...]) -> Layout:
-        groups = [(name,) for name in _flat(_mode_names(modes))]
+        groups = [(name,) for name in _flat(mode_names(modes))]
         if len(groups) < 2:
             raise ValueError(f"TT needs two modes or more, got {modes}. Pass out_modes with at least two entries.")
         return _chain(shape, modes, groups, ring=False)
@@ -335,7 +265,7 @@ class TTM(Format):
         return tuple(modes or choice for modes, choice in zip(given, chosen, strict=True))
 
     def _arrange(self, shape: tuple[int, ...], modes: tuple[Modes, ...]) -> Layout:
-        return _chain(shape, modes, list(zip(*_mode_names(modes), strict=True)), ring=False)
+        return _chain(shape, modes, list(zip(*mode_names(modes), strict=True)), ring=False)
 
     def _cap(self, layout: Layout, ranks: dict[str, int]) -> dict[str, int]:
         return _cap_chain(layout, ranks)
@@ -358,7 +288,7 @@ class TR(Format):
         return _split_axes(shape, given)
 
     def _arrange(self, shape: tuple[int, ...], modes: tuple[Modes, ...]) -> Layout:
-        groups = [(name,) for name in _flat(_mode_names(modes))]
+        groups = [(name,) for name in _flat(mode_names(modes))]
         if len(groups) < 2:
             raise ValueError(f"TR needs two modes or more, got {modes}. Pass out_modes with at least two entries.")
         return _chain(shape, modes, groups, ring=True)

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rankfall._divergence import Factors, kl_of_factors
-from rankfall._formats import CP, TR, Format, Layout, Tucker
+from rankfall._formats import CP, TR, Format, Tucker
+from rankfall._layout import Layout
 from rankfall._priors import Prior
 
 # Singular values under this fraction of the largest are rounding errors of float64: the slice carries nothing.

@@ -3,17 +3,17 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rankfall import _contract
 from rankfall._contract import Halves, cut_at, effort_of_mixed, halves, matrices, mixed, part_plan
 from rankfall._einsum import Axes, Plan, Shapes, contract, cost_of, plan, planned_once, rounded, run, shapes_of
-from rankfall._formats import Layout
+from rankfall._layout import Layout
 
 _SORTED = 3000  # Operations in the time that it takes to sort an id among others.
 _ROW = "row"  # The axis of the wanted rows, which all factors of row modes share.
@@ -174,6 +174,13 @@ class Rows:
             return Rows(F.pad(self.table, (0, 0, 0, 1)), places, self.after, self.distinct), last
         place = int(torch.searchsorted(self.distinct, id))
         return self, place if place < len(self.distinct) and int(self.distinct[place]) == id else None
+
+    def with_zeros(self, which: Bool[Tensor, "*ids"] | None) -> "Rows":
+        """The same with a row of zeros for the ids that `which` marks; None marks none."""
+        if which is None:
+            return self
+        places = torch.where(which, len(self.table), self.places)
+        return replace(self, table=F.pad(self.table, (0, 0, 0, 1)), places=places)
 
     def widened(self, read: Tensor) -> Tensor:
         """Rows of the table, or sums of them, as rows of the whole matrix."""

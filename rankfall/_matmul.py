@@ -23,7 +23,7 @@ from rankfall._contract import (
     plan_of_halves,
 )
 from rankfall._einsum import BATCH, Plan, Shapes, contract, cost_of, plan, planned_once, rounded, run, shapes_of
-from rankfall._formats import Layout
+from rankfall._layout import Layout
 
 
 def linear_plan(layout: Layout, shapes: Shapes, rows: int) -> Plan:

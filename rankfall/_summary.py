@@ -22,6 +22,7 @@ class LayerSummary:
         parameters: Entries of the factors.
         dense_parameters: Entries of the dense weight.
         padding: Entries of the padded weight beyond the dense one, as a fraction of the dense one; 0 without padding.
+        rows: Rows of a table that are left; all after them are zeros.
     """
 
     path: str
@@ -32,6 +33,7 @@ class LayerSummary:
     parameters: int
     dense_parameters: int
     padding: float
+    rows: int
 
     @property
     def compression(self) -> float:
@@ -88,9 +90,14 @@ class Summary:
         lines.insert(-1, lines[1])
         lines += [
             f"{layer.path or 'the layer'} is padded: modes make {' x '.join(str(math.prod(m)) for m in layer.modes)}, "
-            f"{layer.padding:.1%} more entries than {' x '.join(map(str, layer.shape))}."
+            f"{layer.padding:.1%} more entries than {' x '.join(map(str, (layer.rows, *layer.shape[1:])))}."
             for layer in self.layers
             if layer.padding
+        ]
+        lines += [
+            f"{layer.path or 'the layer'} has {layer.rows:,} of {layer.shape[0]:,} rows left; those after are zeros."
+            for layer in self.layers
+            if layer.rows < layer.shape[0]
         ]
         return "\n".join(lines)
 
@@ -121,7 +128,8 @@ def summary(model: nn.Module) -> Summary:
             ranks=tensor.ranks,
             parameters=sum(f.numel() for f in tensor.factors),
             dense_parameters=math.prod(tensor.shape),
-            padding=math.prod(tensor.layout.padded_shape) / math.prod(tensor.shape) - 1,
+            padding=math.prod(tensor.layout.padded_shape) / math.prod(tensor.layout.shape) - 1,
+            rows=tensor.rows,
         )
         for path, tensor in tensors
     )

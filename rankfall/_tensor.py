@@ -6,21 +6,23 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from rankfall import _contract, _decompose, _gauge, _matmul
+from rankfall import _contract, _decompose, _matmul
 from rankfall._divergence import Factors, governed_moments, kl_of_factors, per_slice, second_moments
 from rankfall._formats import Format
+from rankfall._layout import Layout, cut_to
 from rankfall._posteriors import MeanField, Posterior, draw
 from rankfall._priors import HalfCauchy, Prior
-from rankfall._resize import forget_, grow_, keep_, resize_
+from rankfall._resize import resize_
+from rankfall._slices import Sliced
 
 _TRUNCATION = 2.0  # Factors start from a normal cut off at this many standard deviations.
 
 
-class LowRankTensor(nn.Module):
+class LowRankTensor(Sliced):
     """A tensor of any number of axes, held as factors, whose slices a shrinkage prior draws to zero.
 
     W = contraction of the factors over their bonds; an entry governed by slice r of a bond has the prior N(0, s_r^2),
@@ -55,6 +57,7 @@ class LowRankTensor(nn.Module):
         log_stds: Log posterior standard deviations, one tensor per factor; empty with rf.Point.
         path: Path of the layer that `rf.tensorize_` made it for, so that errors can name it; empty elsewhere.
         given: A draw of the factors that was made elsewhere and is to be used; else empty.
+        may_lose_rows: Whether this is a table, of which last rows may go; see `keep_rows_`.
     """
 
     def __init__(
@@ -76,7 +79,10 @@ class LowRankTensor(nn.Module):
         self.format = format
         self.prior = HalfCauchy() if prior is None else prior
         self.posterior = MeanField() if posterior is None else posterior
-        self.layout = format.layout(shape)
+        self.may_lose_rows = False
+        self._whole = format.layout(shape)
+        self._leading, self._digits = self._whole.leading, self._whole.leading_digits
+        self._left = self._digits, self._whole
         if initial_std is None:
             initial_std = math.sqrt(2 / (self.shape[0] + math.prod(self.shape[1:])))
         if not initial_std > 0:
@@ -122,20 +128,26 @@ class LowRankTensor(nn.Module):
     @property
     def shape(self) -> tuple[int, ...]:
         """The sizes of the axes, as given."""
-        return self.layout.shape
+        return self._whole.shape
 
     @property
-    def ranks(self) -> dict[str, int]:
-        """The current rank of every bond."""
-        return self.layout.ranks([f.shape for f in self.factors])
+    def layout(self) -> Layout:
+        """The format applied to the rows that are left, read off the factors as ranks are."""
+        if not self.may_lose_rows:
+            return self._whole
+        factor, dim = self._leading
+        digits = self.factors[factor].shape[dim]
+        if digits != self._left[0]:  # Kept, since a compiled graph takes it as it is here.
+            self._left = digits, self._whole if digits == self._digits else cut_to(self._whole, digits)
+        return self._left[1]
 
     def dense(self) -> Float[Tensor, "*shape"]:
         """The tensor at the posterior mean; exact, since every format is linear in each of its factors."""
-        return _contract.dense(self.layout, list(self.factors))
+        return self._filled_up(_contract.dense(self.layout, list(self.factors)), 0)
 
     def sample(self) -> Float[Tensor, "*shape"]:
         """The tensor at one draw of all factors from the posterior; dense() with rf.Point."""
-        return _contract.dense(self.layout, self._sampled())
+        return self._filled_up(_contract.dense(self.layout, self._sampled()), 0)
 
     def linear(
         self, x: Float[Tensor, "*batch in_features"], bias: Float[Tensor, " out_features"] | None = None
@@ -155,7 +167,10 @@ class LowRankTensor(nn.Module):
                 f"{where} has in_features={self.shape[1]}, but the input has shape {tuple(x.shape)}. "
                 f"Reshape it to (..., {self.shape[1]})."
             )
-        return _matmul.linear(self.layout, self.drawn(), x, bias)
+        if self.rows == self.shape[0]:
+            return _matmul.linear(self.layout, self.drawn(), x, bias)
+        y = self._filled_up(_matmul.linear(self.layout, self.drawn(), x), -1)
+        return y if bias is None else y + bias.to(y.dtype)
 
     def drawn(self) -> list[Tensor]:
         """The factors that a layer's forward uses: one draw from the posterior in train mode, its mean in eval mode."""
@@ -203,128 +218,15 @@ class LowRankTensor(nn.Module):
         squares = second_moments(list(self.factors))
         return {bond: per_slice(squares, self.layout.places(bond)) for bond in self.layout.bonds}
 
-    def keep_slices_(self, bond: str, index: Tensor, optimizer: Optimizer | None = None) -> None:
-        """Keeps the given slices of a bond and removes the others from factors, gradients and optimizer state.
-
-        Example:
-            >>> t = rf.LowRankTensor((12, 20), rf.TTM(max_rank=4))
-            >>> t.keep_slices_("r1", torch.tensor([0, 2]))
-            >>> t.ranks
-            {'r1': 2}
-
-        Args:
-            bond: A key of `ranks`.
-            index: The slices that stay, int64, shape (kept,); may be empty.
-            optimizer: The optimizer that owns the factors, if there is one.
-
-        Raises:
-            ValueError: If there is no such bond.
-        """
-        self._check_bond(bond)
-        for factor, dim in self.layout.places(bond):
-            for parameters in (self.factors, self.log_stds) if len(self.log_stds) else (self.factors,):
-                keep_(parameters[factor], dim, index, optimizer)
-
-    @torch.no_grad()
-    def grow_slices_(self, bond: str, count: int, optimizer: Optimizer | None = None) -> None:
-        """Adds slices to a bond without changing dense(): random entries in all factors that bear it, 0 in the last.
-
-        The random entries have the root mean square of their factor, so that the gradient of the zeros says at once
-        what the slice could carry. New standard deviations are what the posterior starts with.
-
-        Example:
-            >>> t = rf.LowRankTensor((12, 20), rf.TTM(max_rank=4))
-            >>> before = t.dense()
-            >>> t.grow_slices_("r1", 2)
-            >>> t.ranks, torch.allclose(t.dense(), before)
-            ({'r1': 6}, True)
-
-        Args:
-            bond: A key of `ranks`.
-            count: How many slices are added.
-            optimizer: The optimizer that owns the factors, if there is one.
-
-        Raises:
-            ValueError: If there is no such bond, or `count` is negative.
-        """
-        self._check_bond(bond)
-        if count < 0:
-            raise ValueError(f"count must be 0 or more, got {count}. Call keep_slices_ to remove slices.")
-        places = self.layout.places(bond)
-        for k, dim in places:
-            factor = self.factors[k]
-            shape = [count if d == dim else n for d, n in enumerate(factor.shape)]
-            size = self._typical_size(k)
-            grow_(
-                factor,
-                dim,
-                factor.new_zeros(shape) if k == places[-1][0] else size * factor.new_empty(shape).normal_(),
-                optimizer,
-            )
-            start = self.posterior.initial_log_std(factor.new_full((1,), size))
-            if start is not None:
-                grow_(self.log_stds[k], dim, start.expand(shape), optimizer)
-
-    def _typical_size(self, k: int) -> float:
-        """Root mean square of a factor; of all of them where this one is empty or 0."""
-        sizes = [float(f.square().mean().sqrt()) if f.numel() else 0.0 for f in self.factors]
-        known = [size for size in sizes if size > 0]
-        return sizes[k] or (math.exp(sum(map(math.log, known)) / len(known)) if known else 1.0)
-
-    def _check_bond(self, bond: str) -> None:
-        if bond not in self.layout.bonds:
-            raise ValueError(f"no bond {bond!r}; this tensor has {', '.join(self.layout.bonds)}. See .ranks.")
-
-    @torch.no_grad()
-    def canonicalize_(self, optimizer: Optimizer | None = None) -> None:
-        """Brings the factors into canonical form; see `rf.canonicalize_`."""
-        if 0 in self.ranks.values():
-            return  # A tensor of zeros has no better factors.
-        gauge = _gauge.canonical(self.layout, self.format, self.prior, list(self.factors), list(self.log_stds))
-        if gauge is not None:
-            self._take(gauge, optimizer)
-
-    @torch.no_grad()
-    def align_(self, optimizer: Optimizer | None = None) -> None:
-        """Makes slices orthogonal and sorted, where the format allows it, whatever that does to the KL."""
-        if 0 not in self.ranks.values():
-            self._take(_gauge.aligned(self.layout, self.format, list(self.factors), list(self.log_stds)), optimizer)
-
-    def _take(self, gauge: _gauge.Gauge, optimizer: Optimizer | None) -> None:
-        for parameters, values in (
-            (self.factors, gauge.means),
-            (self.log_stds, [v.log() / 2 for v in gauge.variances]),
-        ):
-            for parameter, value in zip(parameters, values, strict=True):
-                parameter.copy_(value)
-                parameter.grad = None
-                if optimizer is not None:
-                    forget_(parameter, optimizer)
-
-    @torch.no_grad()
-    def strengths(self, bond: str) -> Float[Tensor, " rank"]:
-        """The Frobenius norm of what each slice of a bond adds to dense() (padding included)."""
-        return _contract.slice_norms(self.layout, [f.double() for f in self.factors], bond)
-
-    @torch.no_grad()
-    def refit_(self, bond: str, index: Tensor, optimizer: Optimizer | None = None) -> None:
-        """Keeps the given slices of a bond as `keep_slices_` does, then moves the means as near to dense() as they get.
-
-        Least squares on Gram matrices; dense() is never formed. Standard deviations stay those of the slices kept.
-        """
-        before = [f.double() for f in self.factors]
-        self.keep_slices_(bond, index, optimizer)
-        for factor, value in zip(
-            self.factors, _decompose.refit(self.layout, before, [f.double() for f in self.factors]), strict=True
-        ):
-            factor.copy_(value)
-            if optimizer is not None:
-                forget_(factor, optimizer)
-
     def fits(self, shapes: Sequence[Sequence[int]]) -> bool:
         """Whether factors of these shapes are this tensor at some ranks: all factors, their modes, bonds that agree."""
-        same_dims = [len(shape) for shape in shapes] == [len(axes) for axes in self.layout.factors]
-        return same_dims and [tuple(s) for s in shapes] == list(self.layout.factor_shapes(self.layout.ranks(shapes)))
+        layout = self._whole
+        if [len(shape) for shape in shapes] != [len(axes) for axes in layout.factors]:
+            return False
+        factor, dim = self._leading
+        if self.may_lose_rows and 1 <= shapes[factor][dim] < self._digits:
+            layout = cut_to(layout, shapes[factor][dim])
+        return [tuple(s) for s in shapes] == list(layout.factor_shapes(layout.ranks(shapes)))
 
     @classmethod
     def __torch_function__(cls, function: Callable[..., Any], *_: object) -> NoReturn:
@@ -337,7 +239,8 @@ class LowRankTensor(nn.Module):
     def describe(self) -> str:
         """Format, modes and ranks in one line, for print(model)."""
         modes = " x ".join("(" + " ".join(map(str, m)) + ")" for m in self.layout.modes)
-        return f"{type(self.format).__name__}, modes={modes}, ranks={self.ranks}"
+        rows = f", rows={self.rows} of {self.shape[0]}" if self.rows < self.shape[0] else ""
+        return f"{type(self.format).__name__}, modes={modes}, ranks={self.ranks}{rows}"
 
     @torch.no_grad()
     def _initialise(self, std: float, share: float) -> None:
@@ -362,6 +265,11 @@ class LowRankTensor(nn.Module):
     def _initial_log_stds(self) -> list[Tensor]:
         starts = [self.posterior.initial_log_std(f.detach()) for f in self.factors]
         return [start for start in starts if start is not None]
+
+    def _filled_up(self, values: Tensor, dim: int) -> Tensor:
+        """Zeros in place of the rows that are gone, which stand along a dimension."""
+        missing = self.shape[0] - self.rows
+        return values if not missing else F.pad(values.movedim(dim, -1), (0, missing)).movedim(-1, dim)
 
     def _sampled(self) -> list[Tensor]:
         if self.given:
@@ -394,3 +302,4 @@ def _resize_to_incoming(module: nn.Module, state: Mapping[str, Any], prefix: str
     for parameters in (module.factors, module.log_stds):
         for parameter, shape in zip(parameters, shapes, strict=False):
             resize_(parameter, shape)
+    assert module.rows <= module.shape[0], "the layout is today's before anything is compiled"

@@ -69,6 +69,7 @@ class Embedding(nn.Module):
         super().__init__()
         self.padding_idx = _checked_padding(padding_idx, num_embeddings)
         self.weight = _table(num_embeddings, embedding_dim, format, prior, posterior, device, dtype)
+        self.weight.may_lose_rows = _may_lose(self.padding_idx)
 
     @classmethod
     def from_dense(
@@ -107,6 +108,7 @@ class Embedding(nn.Module):
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         self.padding_idx, self.weight = module.padding_idx, weight
+        weight.may_lose_rows = _may_lose(module.padding_idx)
         return self
 
     @property
@@ -122,9 +124,11 @@ class Embedding(nn.Module):
     def forward(self, input: Int[Tensor, "*ids"]) -> Float[Tensor, "*ids embedding_dim"]:
         """The rows of the ids."""
         _check_ids(self.weight, input, "Embedding")
-        rows = read(self.weight.layout, self.weight.drawn(), input)
+        ids, gone = _left(self.weight, input)
+        rows = read(self.weight.layout, self.weight.drawn(), ids)
         if self.padding_idx is not None:
             rows = rows.without(self.padding_idx)
+        rows = rows.with_zeros(gone)
         return rows.widened(F.embedding(rows.places, rows.table))
 
     def __repr__(self) -> str:
@@ -182,6 +186,7 @@ class EmbeddingBag(nn.Module):
         self.mode, self.include_last_offset = _checked_mode(mode), include_last_offset
         self.padding_idx = _checked_padding(padding_idx, num_embeddings)
         self.weight = _table(num_embeddings, embedding_dim, format, prior, posterior, device, dtype)
+        self.weight.may_lose_rows = _may_lose(self.padding_idx)
 
     @classmethod
     def from_dense(
@@ -224,6 +229,7 @@ class EmbeddingBag(nn.Module):
         nn.Module.__init__(self)
         self.mode, self.include_last_offset = _checked_mode(module.mode), module.include_last_offset
         self.padding_idx, self.weight = module.padding_idx, weight
+        weight.may_lose_rows = _may_lose(module.padding_idx)
         return self
 
     @property
@@ -252,8 +258,10 @@ class EmbeddingBag(nn.Module):
         _check_offsets(self.weight, input, offsets, self.include_last_offset)
         _check_ids(self.weight, input, "EmbeddingBag")
         bags = len(input if offsets is None else offsets)
-        rows = read(self.weight.layout, self.weight.drawn(), input, bags)
+        ids, gone = _left(self.weight, input)
+        rows = read(self.weight.layout, self.weight.drawn(), ids, bags)
         rows, padding = (rows, None) if self.padding_idx is None else rows.padded(self.padding_idx)
+        rows = rows.with_zeros(gone)
         weights = per_sample_weights if per_sample_weights is None else per_sample_weights.to(rows.table.dtype)
         reduced = F.embedding_bag(
             rows.places,
@@ -303,6 +311,18 @@ def _table(
         device=device,
         dtype=dtype,
     )
+
+
+def _may_lose(padding_idx: int | None) -> bool:
+    # Padding that is not the first row, as the last one is in some vocabularies, would go with the rows.
+    return padding_idx in (None, 0)
+
+
+def _left(weight: LowRankTensor, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Ids of rows that are left, and which ids stood for one that is gone; None if all rows are there."""
+    if weight.rows == weight.shape[0]:
+        return ids, None
+    return ids.clamp(max=weight.rows - 1), ids >= weight.rows
 
 
 def _checked_padding(padding_idx: int | None, rows: int) -> int | None:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from rankfall._formats import Modes
+from rankfall._layout import Modes
 from rankfall.recipes._recommender import COUNTS, KAGGLE_SIZES, WIDTH, table_modes
 from rankfall.recipes._stored import Rows
 

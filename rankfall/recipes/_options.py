@@ -7,7 +7,8 @@ from typing import Annotated, Literal, TypeAlias
 
 import tyro
 
-from rankfall._formats import CP, TR, TT, TTM, Format, Modes, Tucker
+from rankfall._formats import CP, TR, TT, TTM, Format, Tucker
+from rankfall._layout import Modes
 from rankfall._posteriors import MeanField, Point, Posterior
 from rankfall._priors import HalfCauchy, LogUniform, Prior
 from rankfall._selection import Evidence, Shrinkage

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from rankfall._formats import Modes
+from rankfall._layout import Modes
 from rankfall._selection import Evidence
 from rankfall.recipes._data import Data
 from rankfall.recipes._options import MethodName

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from rankfall._formats import Modes
+from rankfall._layout import Modes
 from rankfall._modes import balanced_modes
 
 COUNTS = 13
