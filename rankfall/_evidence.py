@@ -21,7 +21,7 @@ from rankfall._tensor import LowRankTensor
 from rankfall._walk import finite_tensors, layer_path, low_rank_tensors
 
 _ROWS = "rows"
-_ROW_SIZES = 4  # How many cuts of the rows of a table are weighed.
+_ROWS_LEFT = (3 / 4, 1 / 2, 1 / 4, 1 / 8, 1 / 16)  # Parts of a table that are weighed, as far as less is better.
 
 PerExampleNLL = Callable[[], Tensor]
 
@@ -148,6 +148,7 @@ def select_ranks_(
         beta: Weight of the KL, as in training.
         z: How many standard errors the loss of likelihood is taken to be worse than measured. Raise it to cut less.
         max_cut: The largest part of a bond that one call may remove, above 0 and up to 1; a single slice may always go.
+            Rows of a table may go as far as it pays.
 
     Returns:
         What was cut and why, in nats; empty if nothing was.
@@ -261,7 +262,7 @@ def _select(
                 base = test.losses()
             else:
                 missed.append(RankChange(name, bond, rank, best.rank, best.cost, best.saved))
-        if (cut := _cut_rows(tensor, name, test, base, max_cut)) is not None:
+        if (cut := _cut_rows(tensor, name, test, base)) is not None:
             found.append(cut)
             _reduce(tensor, _ROWS, cut.after, None)
             base = test.losses()
@@ -272,27 +273,24 @@ def _select(
     return [], missed, uncut
 
 
-def _cut_rows(tensor: LowRankTensor, name: str, test: _Test, base: Losses, max_cut: float) -> RankChange | None:
+def _cut_rows(tensor: LowRankTensor, name: str, test: _Test, base: Losses) -> RankChange | None:
     """The cut of a table's last rows for which saved - cost is expected to be largest, if it passes.
 
     Few sizes are tried: what a single row says is lost in sampling error, what a thousand of them say is not.
     """
     rows, each = tensor.rows, tensor.layout.leading_rows
-    sizes = {rows - math.floor(part / _ROW_SIZES * max_cut * rows) for part in range(1, _ROW_SIZES + 1)}
-    # As many as have a whole number of leading digits, and one at least.
-    sizes = sorted({max(-(-size // each), 1) * each for size in sizes} - {-(-rows // each) * each}, reverse=True)
+    sizes = {max(math.ceil(part * rows / each), 1) * each for part in _ROWS_LEFT}
+    sizes = sorted((size for size in sizes if size < rows), reverse=True)
     if not tensor.may_lose_rows or 0 in tensor.ranks.values() or not sizes:
         return None
     at = _candidates(tensor, _ROWS, test)
-    best = at(sizes[0])
-    for size in sizes[1:]:
-        further = at(size)
-        if test.weigh(further.losses, best.losses, further.saved - best.saved).is_less:
-            best = further
+    best, *others = map(at, sizes)
+    for further in others:
+        if not test.weigh(further.losses, best.losses, further.saved - best.saved).is_less:
+            break
+        best = further
     verdict = test.weigh(best.losses, base, best.saved, test.z)
-    if not verdict.is_less:
-        return None
-    return RankChange(name, _ROWS, rows, best.rank, verdict.bound, best.saved)
+    return RankChange(name, _ROWS, rows, best.rank, verdict.bound, best.saved) if verdict.is_less else None
 
 
 class _Weighed(NamedTuple):

@@ -5,16 +5,22 @@ Without a fused kernel torch records some twenty operations a step on a CPU and 
 weight at each one. Here both directions take a step together, and the gradient of the weight is one product.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import PackedSequence
+
+from rankfall._contract import Halves, dense, halves, matrices
+from rankfall._einsum import shapes_of
+from rankfall._layout import Layout
 
 Sequences: TypeAlias = Tensor | PackedSequence
 
@@ -88,8 +94,74 @@ class _Buffer:
 _sigmoid_backward, _tanh_backward = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward
 
 
+class Recurrent(NamedTuple):
+    """The recurrent weight of each direction, or two matrices that it is the product of, W = A B.
+
+    Attributes:
+        left: The weight, shape (directions, gates, size); or A, shape (directions, gates, rank).
+        right: B, shape (directions, rank, size), or None.
+    """
+
+    left: Tensor
+    right: Tensor | None
+
+    def times(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """(x, M) with x M = states W^T, so that the last product can be added to something."""
+        left = self.left.transpose(1, 2)
+        return (states, left) if self.right is None else (torch.bmm(states, self.right.transpose(1, 2)), left)
+
+    def backwards(self, gradient: Tensor, between: Tensor) -> tuple[Tensor, Tensor]:
+        """(x, M) with x M = gradient W. What stands between A and B is kept in `between`, (directions, n, rank)."""
+        if self.right is None:
+            return gradient, self.left
+        return _products(gradient, self.left, between), self.right
+
+    def room(self, clock: Clock) -> Tensor:
+        """For what stands between A and B at each row; none without them."""
+        rank = 0 if self.right is None else self.right.shape[1]
+        return self.left.new_empty(len(self.left), clock.rows, rank)
+
+    def gradients(self, gates: Tensor, past: Tensor, between: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Those of `left` and `right`, from the gradients of all gates and the states before each row."""
+        of_left = torch.empty_like(self.left)
+        if self.right is None:
+            return _products(gates.transpose(1, 2), past, of_left), None
+        heard = _products(past, self.right.transpose(1, 2), torch.empty_like(between))
+        of_right = _products(between.transpose(1, 2), past, torch.empty_like(self.right))
+        return _products(gates.transpose(1, 2), heard, of_left), of_right
+
+
+_THIN = 3  # How many times more operations the weight wants than two thin matrices, from where those are faster.
+
+
+def recurrent_of(weights: Sequence[tuple[Layout, list[Tensor]]]) -> Recurrent:
+    """The recurrent weights of the directions of a layer, as each of the steps wants them.
+
+    Formed once, unless the format has two thin matrices in place of each.
+    """
+    pairs = [halves(layout, shapes_of(factors)) for layout, factors in weights]
+    ranks = [_joint_rank(pair, *weight) for pair, weight in zip(pairs, weights, strict=True) if pair is not None]
+    gates, size = weights[0][0].shape
+    if len(ranks) < len(weights) or _THIN * max(ranks) * (gates + size) > gates * size:
+        return Recurrent(torch.stack([dense(layout, factors) for layout, factors in weights]), None)
+    found = []
+    for (layout, factors), pair, rank in zip(weights, pairs, ranks, strict=True):
+        assert pair is not None
+        left, right = matrices(layout, factors, pair)
+        assert left is not None
+        missing = max(ranks) - rank
+        found.append((F.pad(left, (0, missing)), F.pad(right, (0, 0, 0, missing))))
+    left, right = (torch.stack(parts) for parts in zip(*found, strict=True))
+    return Recurrent(left, right)
+
+
+def _joint_rank(pair: Halves, layout: Layout, factors: Sequence[Tensor]) -> int:
+    sizes = layout.ranks(shapes_of(factors))
+    return math.prod([sizes[bond] for bond in pair.joint])
+
+
 def lstm_steps(
-    recurrent: Float[Tensor, "directions gates size"],
+    recurrent: Recurrent,
     h: Float[Tensor, "directions sequences size"],
     c: Float[Tensor, "directions sequences size"],
     clock: Clock,
@@ -98,17 +170,17 @@ def lstm_steps(
     """(outputs, last h, last c) of all directions of a layer; gates i, f, g, o as torch orders them.
 
     Args:
-        recurrent: The recurrent weight of each direction, 4 size x size.
+        recurrent: The recurrent weight of each direction, 4 size x size, whole or in two.
         h: The first outputs.
         c: The first cells.
         clock: Which rows belong to which step.
         projected: For each direction W_ih x and both biases, in the order in which it reads.
     """
-    return _LSTMSteps.apply(recurrent, h, c, clock, *projected)  # pyright: ignore
+    return _LSTMSteps.apply(*recurrent, h, c, clock, *projected)  # pyright: ignore
 
 
 def gru_steps(
-    recurrent: Float[Tensor, "directions gates size"],
+    recurrent: Recurrent,
     bias: Float[Tensor, "directions 1 gates"],
     h: Float[Tensor, "directions sequences size"],
     clock: Clock,
@@ -117,34 +189,35 @@ def gru_steps(
     """(outputs, last h) of all directions of a layer; gates r, z, n as torch orders them.
 
     Args:
-        recurrent: The recurrent weight of each direction, 3 size x size.
+        recurrent: The recurrent weight of each direction, 3 size x size, whole or in two.
         bias: That of the recurrent product, which r multiplies in the third gate.
         h: The first outputs.
         clock: Which rows belong to which step.
         projected: For each direction W_ih x and its bias, in the order in which it reads.
     """
-    return _GRUSteps.apply(recurrent, bias, h, clock, *projected)  # pyright: ignore
+    return _GRUSteps.apply(*recurrent, bias, h, clock, *projected)  # pyright: ignore
 
 
 class _LSTMSteps(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,  # noqa: ANN401
-        recurrent: Float[Tensor, "directions gates size"],
+        left: Tensor,
+        right: Tensor | None,
         h: Float[Tensor, "directions sequences size"],
         c: Float[Tensor, "directions sequences size"],
         clock: Clock,
         *projected: Float[Tensor, "rows gates"],
     ) -> tuple[Tensor, Tensor, Tensor]:
         size = h.shape[2]
-        gates, turned = torch.stack(projected), recurrent.transpose(1, 2)
+        gates, recurrent = torch.stack(projected), Recurrent(left, right)
         states, cells = _Buffer(h, clock), _Buffer(c, clock)
         squashed = gates.new_empty(len(gates), clock.rows, size)
         h, c = states.first, cells.first
         pieces = (gates, *gates.split(size, 2), gates[..., : 2 * size], squashed)
         for g_all, i, f, g, o, i_and_f, tanh_c, h_next, c_next in clock.by_step(*pieces, states.after, cells.after):
             n = h_next.shape[1]
-            torch.baddbmm(g_all, h[:, :n], turned, out=g_all)  # In place would be hidden from counters.
+            torch.baddbmm(g_all, *recurrent.times(h[:, :n]), out=g_all)  # In place would be hidden from counters.
             i_and_f.sigmoid_()
             torch.mul(f, c[:, :n], out=c_next)
             c_next.addcmul_(i, g.tanh_())
@@ -152,17 +225,26 @@ class _LSTMSteps(torch.autograd.Function):
             torch.mul(o.sigmoid_(), tanh_c, out=h_next)
             h, c = h_next, c_next
         ctx.clock = clock
-        ctx.save_for_backward(recurrent, gates, states.all, cells.all, squashed)
+        ctx.save_for_backward(left, right, gates, states.all, cells.all, squashed)
         return states.after, clock.last(states.all), clock.last(cells.all)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_h: Tensor, d_c: Tensor) -> tuple[Any, ...]:  # noqa: ANN401  # pyright: ignore
-        recurrent, gates, states, cells, squashed = ctx.saved_tensors
-        clock, size = ctx.clock, d_h.shape[2]
+        left, right, gates, states, cells, squashed = ctx.saved_tensors
+        clock, size, recurrent = ctx.clock, d_h.shape[2], Recurrent(left, right)
         d_gates, d_h, d_c = torch.empty_like(gates), d_h.clone(), d_c.clone()
-        pieces = (d_out, *gates.split(size, 2), squashed, clock.before(cells), d_gates, *d_gates.split(size, 2))
-        for out, i, f, g, o, tanh_c, before, d_all, d_i, d_f, d_g, d_o in reversed(clock.by_step(*pieces)):
+        between = recurrent.room(clock)
+        pieces = (
+            d_out,
+            *gates.split(size, 2),
+            squashed,
+            clock.before(cells),
+            between,
+            d_gates,
+            *d_gates.split(size, 2),
+        )
+        for out, i, f, g, o, tanh_c, before, inner, d_all, d_i, d_f, d_g, d_o in reversed(clock.by_step(*pieces)):
             h, c = d_h[:, : out.shape[1]], d_c[:, : out.shape[1]]
             h.add_(out)
             c.add_(_tanh_backward(h * o, tanh_c))
@@ -170,44 +252,44 @@ class _LSTMSteps(torch.autograd.Function):
             _sigmoid_backward.grad_input(c * g, i, grad_input=d_i)
             _sigmoid_backward.grad_input(c * before, f, grad_input=d_f)
             _tanh_backward.grad_input(c * i, g, grad_input=d_g)
-            _products(d_all, recurrent, h)
+            _products(*recurrent.backwards(d_all, inner), h)
             c.mul_(f)
-        d_recurrent = _products(d_gates.transpose(1, 2), clock.before(states), torch.empty_like(recurrent))
-        return d_recurrent, d_h, d_c, None, *d_gates
+        return *recurrent.gradients(d_gates, clock.before(states), between), d_h, d_c, None, *d_gates
 
 
 class _GRUSteps(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,  # noqa: ANN401
-        recurrent: Float[Tensor, "directions gates size"],
+        left: Tensor,
+        right: Tensor | None,
         bias: Float[Tensor, "directions 1 gates"],
         h: Float[Tensor, "directions sequences size"],
         clock: Clock,
         *projected: Float[Tensor, "rows gates"],
     ) -> tuple[Tensor, Tensor]:
         size = h.shape[2]
-        gates, turned = torch.stack(projected), recurrent.transpose(1, 2)
+        gates, recurrent = torch.stack(projected), Recurrent(left, right)
         states, heard = _Buffer(h, clock), gates.new_empty(len(gates), clock.rows, size)
         h = states.first
         pieces = (gates[..., : 2 * size], *gates.split(size, 2), heard)
         for r_and_z, r, z, n, heard_now, h_next in clock.by_step(*pieces, states.after):
             past = h[:, : h_next.shape[1]]
-            product = torch.baddbmm(bias, past, turned)
+            product = torch.baddbmm(bias, *recurrent.times(past))
             r_and_z.add_(product[..., : 2 * size]).sigmoid_()
             heard_now.copy_(product[..., 2 * size :])
             n.addcmul_(r, heard_now).tanh_()
             torch.lerp(n, past, z, out=h_next)
             h = h_next
         ctx.clock = clock
-        ctx.save_for_backward(recurrent, gates, states.all, heard)
+        ctx.save_for_backward(left, right, gates, states.all, heard)
         return states.after, clock.last(states.all)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_h: Tensor) -> tuple[Any, ...]:  # noqa: ANN401  # pyright: ignore
-        recurrent, gates, states, heard = ctx.saved_tensors
-        clock, size = ctx.clock, d_h.shape[2]
+        left, right, gates, states, heard = ctx.saved_tensors
+        clock, size, recurrent = ctx.clock, d_h.shape[2], Recurrent(left, right)
         r, z, n = gates.split(size, 2)
         past = clock.before(states)
         to_n = (1 - z) * (1 - n * n)
@@ -216,19 +298,19 @@ class _GRUSteps(torch.autograd.Function):
         torch.mul(_slope(r), to_n * heard, out=s_r)
         torch.mul(_slope(z), past - n, out=s_z)
         torch.mul(to_n, r, out=s_n)
-        d_h, d_states = d_h.clone(), torch.empty_like(to_n)
-        pieces = (d_out, z, slopes, slopes.unflatten(2, (3, size)), d_states)
-        for out, z_now, d_product, by_gate, kept in reversed(clock.by_step(*pieces)):
+        d_h, d_states, between = d_h.clone(), torch.empty_like(to_n), recurrent.room(clock)
+        pieces = (d_out, z, slopes, slopes.unflatten(2, (3, size)), d_states, between)
+        for out, z_now, d_product, by_gate, kept, inner in reversed(clock.by_step(*pieces)):
             h = d_h[:, : out.shape[1]]
             torch.add(h, out, out=kept)
             by_gate.mul_(kept.unsqueeze(2))
             torch.mul(kept, z_now, out=h)
-            torch.baddbmm(h, d_product, recurrent, out=h)
-        d_recurrent = _products(slopes.transpose(1, 2), past, torch.empty_like(recurrent))
+            torch.baddbmm(h, *recurrent.backwards(d_product, inner), out=h)
+        d_recurrent = recurrent.gradients(slopes, past, between)
         d_bias = slopes.sum(1, keepdim=True)
         # The projected inputs stand outside of the product that r multiplies.
         torch.mul(to_n, d_states, out=s_n)
-        return d_recurrent, d_bias, d_h, None, *slopes
+        return *d_recurrent, d_bias, d_h, None, *slopes
 
 
 def _products(left: Tensor, right: Tensor, out: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 """Recurrent layers against torch's own with weights that share no code with the library."""
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -13,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rankfall as rf
 from laws import close, make, naive_dense
+from rankfall import _recurrence
 from rankfall.nn._formed import blocks_apart
 
 PAIRS = [(rf.nn.LSTM, nn.LSTM), (rf.nn.GRU, nn.GRU)]
@@ -89,10 +91,11 @@ def test_it_is_torchs_layer_with_the_dense_weights(steps, kind, ours, theirs):
     check(*pair(ours, theirs, kind(3), bias=False), (alone,), [alone])
 
 
-@pytest.fixture(params=["own steps", "torch's kernel"])
+@pytest.fixture(params=["own steps", "own steps by thin matrices", "torch's kernel"])
 def steps(request, monkeypatch):
-    """Which of the two does the steps; by itself a layer takes the faster one."""
-    own = request.param == "own steps"
+    """What does the steps; by itself a layer takes the fastest."""
+    own = request.param != "torch's kernel"
+    monkeypatch.setattr(_recurrence, "_THIN", 0 if "thin" in request.param else math.inf)
     monkeypatch.setattr(rf.nn.LSTM, "_is_worth_it", lambda *_: own)
     monkeypatch.setattr(rf.nn.GRU, "_is_worth_it", lambda *_: own)
 

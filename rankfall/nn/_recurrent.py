@@ -10,13 +10,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from rankfall._contract import dense
 from rankfall._einsum import rounded, shapes_of
 from rankfall._formats import Format
 from rankfall._matmul import linear, linear_way
 from rankfall._posteriors import Posterior
 from rankfall._priors import Prior
-from rankfall._recurrence import Clock, Sequences, as_given, gru_steps, lstm_steps, mirrored, rows_of
+from rankfall._recurrence import (
+    Clock,
+    Recurrent,
+    Sequences,
+    as_given,
+    gru_steps,
+    lstm_steps,
+    mirrored,
+    recurrent_of,
+    rows_of,
+)
 from rankfall._tensor import LowRankTensor
 from rankfall.nn._formed import Formed, blocks_apart, others_of
 
@@ -230,9 +239,8 @@ class _Recurrent(Formed):
             linear(self._tensor(f"weight_ih{name}").layout, drawn[f"weight_ih{name}"], x, self._input_bias(name))
             for name, x in zip(names, inputs, strict=True)
         ]
-        # Formed, since each of the steps uses them.
         recurrent = [f"weight_hh{name}" for name in names]
-        weights = torch.stack([dense(self._tensor(name).layout, drawn[name]) for name in recurrent])
+        weights = recurrent_of([(self._tensor(name).layout, drawn[name]) for name in recurrent])
         return self._advance(names, weights, states, clock, projected)
 
     def _input_bias(self, name: str) -> Tensor | None:
@@ -240,7 +248,7 @@ class _Recurrent(Formed):
         raise NotImplementedError
 
     def _advance(
-        self, names: Sequence[str], weights: Tensor, states: Sequence[Tensor], clock: Clock, projected: list[Tensor]
+        self, names: Sequence[str], weights: Recurrent, states: Sequence[Tensor], clock: Clock, projected: list[Tensor]
     ) -> tuple[Tensor, ...]:
         """The steps themselves."""
         raise NotImplementedError
@@ -331,7 +339,7 @@ class LSTM(_Recurrent):
         return None if inner is None or outer is None else inner + outer
 
     def _advance(
-        self, names: Sequence[str], weights: Tensor, states: Sequence[Tensor], clock: Clock, projected: list[Tensor]
+        self, names: Sequence[str], weights: Recurrent, states: Sequence[Tensor], clock: Clock, projected: list[Tensor]
     ) -> tuple[Tensor, ...]:
         h, c = states
         return lstm_steps(weights, h, c, clock, projected)
@@ -353,10 +361,10 @@ class GRU(_Recurrent):
         return self._bias(f"_ih{name}")
 
     def _advance(
-        self, names: Sequence[str], weights: Tensor, states: Sequence[Tensor], clock: Clock, projected: list[Tensor]
+        self, names: Sequence[str], weights: Recurrent, states: Sequence[Tensor], clock: Clock, projected: list[Tensor]
     ) -> tuple[Tensor, ...]:
         (h,), outer = states, [self._bias(f"_hh{name}") for name in names]
-        rows = [weights.new_zeros(weights.shape[1]) if bias is None else bias for bias in outer]
+        rows = [weights.left.new_zeros(weights.left.shape[1]) if bias is None else bias for bias in outer]
         return gru_steps(weights, torch.stack(rows).unsqueeze(1), h, clock, projected)
 
 
