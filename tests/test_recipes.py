@@ -14,7 +14,7 @@ from PIL import Image
 from mnist_files import IMAGES, LABELS, write_mnist
 from rankfall.recipes import digits, imdb, mnist
 from rankfall.recipes._data import PADDING
-from rankfall.recipes._options import TrainOptions
+from rankfall.recipes._options import TrainOptions, make_format
 from rankfall.recipes._run import RECIPES, build_model
 from rankfall.recipes.mnist import read_idx
 
@@ -141,12 +141,37 @@ def test_dropout_rests_where_weights_have_a_spread():
     assert noise("evidence", "point") == noise("fixed") == noise("dense") == (0.5, 0.3)
 
 
-def test_a_reader_hears_every_word_and_no_padding():
-    model = imdb.Reader().eval()
+class Echo(torch.nn.Module):
+    """In place of what reads words in their order."""
+
+    def forward(self, words, src_key_padding_mask=None):
+        return (words, None) if src_key_padding_mask is None else words
+
+
+@pytest.mark.parametrize(("network", "reads"), [(imdb.Reader, "lstm"), (imdb.Encoder, "encoder")])
+def test_a_text_is_the_mean_of_its_words_and_of_no_padding(network, reads):
+    model = network().eval()
+    setattr(model, reads, Echo())
     ids = torch.randint(2, 25_000, (3, 7))
     padded = torch.nn.functional.pad(ids, (0, 4), value=PADDING)
     torch.testing.assert_close(model(padded), model(ids))
-    assert model(torch.zeros(2, 5, dtype=torch.int64)).shape == (2, 2)
-    changed = ids.clone()
-    changed[:, 0] = ids[:, 0] % 20_000 + 5
-    assert not torch.allclose(model(changed), model(ids))
+    assert torch.isfinite(model(torch.zeros(2, 5, dtype=torch.int64))).all()
+    for place in (0, 6):
+        changed = ids.clone()
+        changed[:, place] = ids[:, place] % 20_000 + 5
+        assert not torch.allclose(model(changed), model(ids))
+
+
+@pytest.mark.parametrize(
+    ("name", "modes", "expected"),
+    [
+        ("ttm", ((25, 1), (1, 6)), ((25, 1), (1, 6))),
+        ("tt", ((25, 1), (1, 6)), ((25,), (6,))),
+        ("cp", ((1, 1), (1, 6)), ((1,), (6,))),
+        ("tucker", ((5, 5, 1), (2, 1, 3)), ((5, 5), (2, 3))),
+        ("tr", ((5, 5, 2), (2, 1, 3)), (None, None)),
+    ],
+)
+def test_modes_of_a_tt_matrix_serve_other_formats_without_their_ones(name, modes, expected):
+    format = make_format(name, 4, modes)
+    assert (format.out_modes, format.in_modes) == expected

@@ -24,8 +24,21 @@ PrecisionName: TypeAlias = Literal["float32", "bfloat16"]
 _FORMATS: dict[str, type[Format]] = {"cp": CP, "tucker": Tucker, "tt": TT, "ttm": TTM, "tr": TR}
 
 
+_WIDE_MODES = 2
+
+
 def make_format(name: FormatName, max_rank: int, modes: tuple[Modes, Modes] | None = None) -> Format:
-    """The format of a name; `modes` are (out_modes, in_modes), None to have them chosen."""
+    """The format of a name.
+
+    Args:
+        name: As `--format` takes it.
+        max_rank: The rank of every bond at the start.
+        modes: The (out_modes, in_modes) of a TT-matrix; None to have them chosen. Other formats have no need of the
+            ones that make them equally many, and choose for themselves where an axis has three modes or more.
+    """
+    if modes is not None and name != "ttm":
+        out_modes, in_modes = (tuple(n for n in axis if n > 1) or (1,) for axis in modes)
+        modes = (out_modes, in_modes) if max(len(out_modes), len(in_modes)) <= _WIDE_MODES else None
     out_modes, in_modes = modes or (None, None)
     return _FORMATS[name](max_rank, out_modes=out_modes, in_modes=in_modes)
 

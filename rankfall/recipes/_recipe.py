@@ -26,7 +26,7 @@ class Network:
             high ranks make it drown the likelihood before anything is learned.
         kl_warmup: Epochs over which the weight of the KL rises from 0; None for a twentieth of the run.
         test_examples: Training examples that the evidence test looks at.
-        modes: For a TT-matrix, the (out_modes, in_modes) of a layer by its path; others are chosen.
+        modes: The (out_modes, in_modes) of a layer by its path, as a TT-matrix takes them; others are chosen.
         ranks: The rank at the start of a layer by its path, where it is not `max_rank`.
         baselines: Methods that only this network has, by their names: each changes the network of a fixed rank, in
             place, so that the whole has at most so many parameters.

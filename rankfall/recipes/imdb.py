@@ -145,9 +145,8 @@ class Encoder(nn.Module):
         return self.out(_mean_of_words(read, ids))
 
 
-# Words by frequency: a thousand frequent ones, then the next thousand, and so on. What a word says by itself is then a
-# matrix of 25 x 1000 whose rank the table can bear, each word with numbers of its own; modes of a few entries each
-# would share all their numbers among all words.
+# Each word has numbers of its own; digits of its place in the vocabulary would share theirs among words that have
+# nothing in common. The vocabulary is sorted by frequency: the evidence does without words too rare to say anything.
 _WORDS = ((25_000, 1), (1, 256))
 
 
