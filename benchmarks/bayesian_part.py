@@ -9,8 +9,6 @@ medians of the rounds. Prior scales are part of the KL. Every network is measure
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -18,25 +16,16 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from _report import machine, table
+from _steps import medians, rows_of
 from torch import Tensor, nn
 
 import rankfall as rf
 from rankfall._elbo import JointDraw
 from rankfall._pages import keep_pages
-from rankfall.recipes._clicks import draw
 from rankfall.recipes._options import TrainOptions
-from rankfall.recipes._recommender import KAGGLE_SIZES
 from rankfall.recipes._run import RECIPES, build_model
 
 _RANKS = {"mnist": (20, 10, 5, 2), "imdb": (8, 4, 2), "criteo": (8, 4, 2)}
-
-
-def _rows(recipe: str, count: int) -> Tensor:
-    if recipe == "mnist":
-        return torch.randn(count, 784)
-    if recipe == "imdb":
-        return torch.randint(1, 25_000, (count, 128))
-    return draw(count, KAGGLE_SIZES, torch.Generator().manual_seed(0))
 
 
 def main() -> None:
@@ -61,7 +50,7 @@ def _measured(recipe: str, rank: int, rounds: int) -> tuple[str, ...]:
     network = RECIPES[recipe].network(None)
     model = build_model(network, replace(TrainOptions(recipe), max_rank=rank))  # pyright: ignore[reportArgumentType]
     optimizer = torch.optim.Adam(rf.parameter_groups(model, network.lr), fused=True)
-    x = _rows(recipe, network.batch_size)
+    x = rows_of(recipe, network.batch_size)
     y = torch.randint(0, 10 if recipe == "mnist" else 2, (len(x),))
     joint = JointDraw(model)
 
@@ -86,19 +75,8 @@ def _measured(recipe: str, rank: int, rounds: int) -> tuple[str, ...]:
             tensor.training = True
 
     tensors = [module for module in model.modules() if isinstance(module, rf.LowRankTensor)]
-    whole, each, mean = _medians([lambda: step(joint), alone, plain], rounds)
+    whole, each, mean = medians([lambda: step(joint), alone, plain], rounds)
     return f"{_count(model):,}", f"{whole:.2f}", f"{each:.2f}", f"{mean:.2f}", f"{(whole - mean) / whole:.1%}"
-
-
-def _medians(works: list[Callable[[], None]], rounds: int) -> list[float]:
-    taken: list[list[float]] = [[] for _ in works]
-    for round_ in range(rounds + 2):
-        for work, times in zip(works, taken, strict=True):
-            started = time.perf_counter()
-            work()
-            if round_ >= 2:
-                times.append(1e3 * (time.perf_counter() - started))
-    return [statistics.median(times) for times in taken]
 
 
 def _count(model: nn.Module) -> int:

@@ -16,6 +16,9 @@ from rankfall._layout import Layout
 SLOWER_IN_STEPS = 2
 """How much longer a contraction pair by pair takes than its operations say: batched products, and copies between."""
 
+LEAST_RANK = 16
+"""Thinner products take two to three times as long on a CPU, so zeros make up for what is missing."""
+
 _CALL = 80_000  # Operations in the time that one product of a batched product takes to get going.
 _NARROW = 32  # Columns of the right matrix at which each product of a batched product runs at half of its speed.
 

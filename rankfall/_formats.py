@@ -244,9 +244,13 @@ class TTM(Format):
 
         (o1 i1 r1) (r1 o2 i2 r2) (r2 o3 i3)
 
+    Where modes of 1 leave each factor one axis, it is a tensor train.
+
     Example:
         >>> TTM(8).layout((512, 784)).modes
         ((8, 4, 4, 4), (4, 7, 4, 7))
+        >>> TTM(8, out_modes=(512, 1), in_modes=(1, 784)).layout((512, 784)).factors
+        (('o1', 'r1'), ('r1', 'i1'))
 
     Source: Novikov et al., Tensorizing Neural Networks, NeurIPS 2015.
     """
@@ -265,6 +269,12 @@ class TTM(Format):
         return tuple(modes or choice for modes, choice in zip(given, chosen, strict=True))
 
     def _arrange(self, shape: tuple[int, ...], modes: tuple[Modes, ...]) -> Layout:
+        wide = [[axis for axis, size in enumerate(pair) if size > 1] for pair in zip(*modes, strict=True)]
+        if len(shape) == 2 and all(len(axes) == 1 for axes in wide) and {axis for (axis,) in wide} == {0, 1}:
+            # Modes of 1 only fill up: each factor stands for one axis, so that two thin matrices make the whole.
+            counts = [iter(names) for names in mode_names(modes)]
+            modes = tuple(tuple(size for size in axis if size > 1) for axis in modes)
+            return _chain(shape, modes, [(next(counts[axis]),) for (axis,) in wide], ring=False)
         return _chain(shape, modes, list(zip(*mode_names(modes), strict=True)), ring=False)
 
     def _cap(self, layout: Layout, ranks: dict[str, int]) -> dict[str, int]:

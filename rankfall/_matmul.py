@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rankfall._contract import (
+    LEAST_RANK,
     SLOWER_IN_STEPS,
     cut_at,
     dense,
@@ -77,7 +78,6 @@ class Way:
 
 
 _COPIES = 3  # What a step reads or writes is also brought into the order of axes that its product wants.
-_LEAST_RANK = 16  # Thinner products take two to three times as long on a CPU, so zeros make up for what is missing.
 
 
 @planned_once
@@ -107,7 +107,7 @@ def linear_ways(layout: Layout, shapes: Shapes, rows: int) -> list[Way]:
         ways += [_cut_way(layout, shapes, rows, k, right) for k in range(len(shapes) - 1) for right in (True, False)]
     else:
         rank = math.prod([layout.ranks(shapes)[bond] for bond in pair.joint])
-        thin = max(rank, _LEAST_RANK) if rank else 0
+        thin = max(rank, LEAST_RANK) if rank else 0
         ways.append(_with_products("halves", plan_of_halves(layout, shapes, pair), rows, (width, thin, out)))
     return ways
 
@@ -159,7 +159,7 @@ def linear_by(way: Way, layout: Layout, factors: Sequence[Tensor], x: Tensor, bi
         assert pair is not None, "linear_way names only ways that the format has"
         a, b = matrices(layout, factors, pair)
         assert a is not None
-        if 0 < (missing := _LEAST_RANK - b.shape[0]) < _LEAST_RANK and x.device.type == "cpu":
+        if 0 < (missing := LEAST_RANK - b.shape[0]) < LEAST_RANK and x.device.type == "cpu":
             a, b = F.pad(a, (0, missing)), F.pad(b, (0, 0, 0, missing))
         return F.linear(F.linear(x, b), a, bias)
     (out_features, in_features), (padded_out, padded_in) = layout.shape, layout.padded_shape

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import PackedSequence
 
-from rankfall._contract import Halves, dense, halves, matrices
+from rankfall._contract import LEAST_RANK, Halves, dense, halves, matrices
 from rankfall._einsum import shapes_of
 from rankfall._layout import Layout
 
@@ -144,12 +144,12 @@ def recurrent_of(weights: Sequence[tuple[Layout, list[Tensor]]]) -> Recurrent:
     gates, size = weights[0][0].shape
     if len(ranks) < len(weights) or _THIN * max(ranks) * (gates + size) > gates * size:
         return Recurrent(torch.stack([dense(layout, factors) for layout, factors in weights]), None)
-    found = []
+    found, widest = [], max(ranks) and max(*ranks, LEAST_RANK)
     for (layout, factors), pair, rank in zip(weights, pairs, ranks, strict=True):
         assert pair is not None
         left, right = matrices(layout, factors, pair)
         assert left is not None
-        missing = max(ranks) - rank
+        missing = widest - rank
         found.append((F.pad(left, (0, missing)), F.pad(right, (0, 0, 0, missing))))
     left, right = (torch.stack(parts) for parts in zip(*found, strict=True))
     return Recurrent(left, right)

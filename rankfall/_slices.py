@@ -74,7 +74,7 @@ class Sliced(nn.Module):
             >>> table = rf.nn.Embedding(1000, 16, format=rf.TTM(4, out_modes=(1000, 1), in_modes=(1, 16)))
             >>> table.weight.keep_rows_(300)
             >>> [tuple(f.shape) for f in table.weight.factors], table(torch.tensor([999])).any().item()
-            ([(300, 1, 4), (4, 1, 16)], False)
+            ([(300, 4), (4, 16)], False)
 
         Args:
             rows: How many rows stay at least.

@@ -89,7 +89,7 @@ def test_optimizer_state_and_gradients_follow():
     table.weight.keep_rows_(20, optimizer)
     assert table.weight.factors[0] is first
     assert first.grad is not None
-    assert first.grad.shape == first.shape == (20, 1, 3)
+    assert first.grad.shape == first.shape == (20, 3)
     assert torch.equal(optimizer.state[first]["exp_avg"], moments[:20])
     table(torch.arange(50)).square().sum().backward()
     optimizer.step()

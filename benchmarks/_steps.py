@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training steps of the recipes' networks, on rows of the right shape, and how long they take."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rankfall.recipes._clicks import draw
+from rankfall.recipes._recommender import KAGGLE_SIZES
+
+CLASSES = {"mnist": 10, "cifar10": 10, "imdb": 2, "transformer": 2, "criteo": 2}
+"""The recipes that there are rows for, and their classes."""
+
+
+def rows_of(recipe: str, count: int) -> Tensor:
+    """Random inputs of a recipe's network."""
+    if recipe == "mnist":
+        return torch.randn(count, 784)
+    if recipe == "cifar10":
+        return torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8)
+    if recipe in ("imdb", "transformer"):
+        return torch.randint(1, 25_000, (count, 128))
+    return draw(count, KAGGLE_SIZES, torch.Generator().manual_seed(0))
+
+
+def medians(works: list[Callable[[], None]], rounds: int) -> list[float]:
+    """Of each work, the median of its milliseconds; they take turns, and two rounds are not counted."""
+    taken: list[list[float]] = [[] for _ in works]
+    for round_ in range(rounds + 2):
+        for work, times in zip(works, taken, strict=True):
+            started = time.perf_counter()
+            work()
+            if round_ >= 2:
+                times.append(1e3 * (time.perf_counter() - started))
+    return [statistics.median(times) for times in taken]
