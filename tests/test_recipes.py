@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import rankfall as rf
 from mnist_files import IMAGES, LABELS, write_mnist
 from rankfall.recipes import digits, imdb, mnist
 from rankfall.recipes._data import PADDING
@@ -160,6 +161,15 @@ def test_a_text_is_the_mean_of_its_words_and_of_no_padding(network, reads):
         changed = ids.clone()
         changed[:, place] = ids[:, place] % 20_000 + 5
         assert not torch.allclose(model(changed), model(ids))
+
+
+def test_a_recipe_has_a_usual_format():
+    assert TrainOptions("imdb").held == "tt"
+    assert TrainOptions("imdb", format="cp").held == "cp"
+    assert TrainOptions("mnist").held == TrainOptions("transformer").held == "ttm"
+    model = build_model(RECIPES["imdb"].network(None), TrainOptions("imdb"))
+    assert model.lstm.weight_hh_l0.format == rf.TT(8, out_modes=model.lstm.weight_hh_l0.format.out_modes)
+    assert [tuple(f.shape) for f in model.embedding.weight.factors] == [(25_000, 8), (8, 256)]
 
 
 @pytest.mark.parametrize(

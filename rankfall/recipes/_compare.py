@@ -22,6 +22,7 @@ from rankfall.recipes._options import (
     PriorName,
     RecipeName,
     TrainOptions,
+    usual_format,
 )
 from rankfall.recipes._recipe import Network
 from rankfall.recipes._run import RECIPES, build_model, obstacle, train
@@ -63,8 +64,8 @@ class CompareOptions:
     """Folder of the data set."""
     model: str | None = None
     """Which of the recipe's networks; mnist has mlp and lenet5, cifar10 vgg and resnet20. The first if left out."""
-    format: FormatName = "ttm"
-    """How the weights are held."""
+    format: FormatName | None = None
+    """How the weights are held; the recipe's own way (imdb tt, others ttm) if left out."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One run of each method per seed."""
     epochs: int | None = None
@@ -94,7 +95,7 @@ class CompareOptions:
     def path(self) -> Path:
         """The folder of all runs."""
         network = "" if self.model is None else f"-{self.model}"
-        return self.out or Path("runs") / f"compare-{self.recipe}{network}-{self.format}"
+        return self.out or Path("runs") / f"compare-{self.recipe}{network}-{self.format or usual_format(self.recipe)}"
 
     @property
     def network(self) -> Network:

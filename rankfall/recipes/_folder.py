@@ -105,11 +105,12 @@ def _is_vacant(path: Path) -> bool:
 
 
 def _computed(options: TrainOptions) -> dict[str, Any]:
-    return {name: value for name, value in dataclasses.asdict(options).items() if name not in _NOT_COMPUTED}
+    chosen = dataclasses.asdict(options) | {"format": options.held}
+    return {name: value for name, value in chosen.items() if name not in _NOT_COMPUTED}
 
 
 def _default_path(options: TrainOptions) -> Path:
-    held = "" if options.is_dense else f"-{options.format}"
+    held = "" if options.is_dense else f"-{options.held}"
     network = "" if options.model is None else f"-{options.model}"
     first = Path("runs") / f"{options.recipe}{network}{held}-{options.method}-seed{options.seed}"
     taken = [first] if first.exists() else []

@@ -24,7 +24,14 @@ PrecisionName: TypeAlias = Literal["float32", "bfloat16"]
 _FORMATS: dict[str, type[Format]] = {"cp": CP, "tucker": Tucker, "tt": TT, "ttm": TTM, "tr": TR}
 
 
+# Each step of an LSTM multiplies by two thin matrices in place of a weight that has to be formed.
+_USUAL_FORMATS: dict[RecipeName, FormatName] = {"imdb": "tt"}
 _WIDE_MODES = 2
+
+
+def usual_format(recipe: RecipeName) -> FormatName:
+    """How a recipe holds its weights unless told otherwise."""
+    return _USUAL_FORMATS.get(recipe, "ttm")
 
 
 def make_format(name: FormatName, max_rank: int, modes: tuple[Modes, Modes] | None = None) -> Format:
@@ -53,8 +60,8 @@ class TrainOptions:
     """Folder of the data set."""
     model: str | None = None
     """Which of the recipe's networks; mnist has mlp and lenet5, cifar10 vgg and resnet20. The first if left out."""
-    format: FormatName = "ttm"
-    """How the weights are held."""
+    format: FormatName | None = None
+    """How the weights are held; the recipe's own way (imdb tt, others ttm) if left out."""
     max_rank: int | None = None
     """Rank of every bond at the start, which training lowers; the network's own (digits 8, mnist 20) if left out."""
     method: MethodName = "evidence"
@@ -100,6 +107,11 @@ class TrainOptions:
         return self.method in ("dense", "compress")
 
     @property
+    def held(self) -> FormatName:
+        """How the weights are held."""
+        return usual_format(self.recipe) if self.format is None else self.format
+
+    @property
     def shrinks(self) -> bool:
         """Whether the prior is at work."""
         return self.method in ("evidence", "shrinkage")
@@ -132,7 +144,7 @@ class TrainOptions:
         if self.epochs == 1 and self.method == "compress":
             raise ValueError("--epochs must be 2 or more to compress, got 1. Half of them train the dense net.")
         if self.max_rank is not None:
-            make_format(self.format, self.max_rank)
+            make_format(self.held, self.max_rank)
         if self.budget is not None and self.budget < 1:
             raise ValueError(f"--budget must be 1 parameter or more, got {self.budget}.")
         if self.budget is not None and not self.fills_budget:

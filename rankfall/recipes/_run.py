@@ -193,7 +193,7 @@ def to_format(model: nn.Module, network: Network, options: TrainOptions, *, from
 
     def format_of(path: str | None = None) -> Format:
         rank = options.max_rank or network.ranks.get(path or "", network.max_rank)
-        return make_format(options.format, rank, network.modes.get(path or ""))
+        return make_format(options.held, rank, network.modes.get(path or ""))
 
     convert = partial(
         tensorize_,
@@ -292,7 +292,7 @@ def _metrics(
     return {
         "recipe": options.recipe,
         "model": options.model or RECIPES[options.recipe].usual,
-        "format": None if options.is_dense else options.format,
+        "format": None if options.is_dense else options.held,
         "prior": options.prior if options.shrinks else None,
         "posterior": options.posterior if options.shrinks else None,
         "method": options.method,
