@@ -113,8 +113,8 @@ class Reader(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Logits of each text, shape (texts, 2), from its ids, shape (texts, length)."""
-        # Not packed: torch has a fast kernel for even sequences alone, and of 128 words 86 % of the texts have all. What
-        # is read from the end of the others begins in the padding of a batch of texts of similar length.
+        # Not packed: torch has a fast kernel for even sequences alone, and 86 % of the texts have 128 words or more.
+        # What is read from the end of the others begins in the padding of a batch of texts of similar length.
         read, _ = self.lstm(self.dropout(self.embedding(ids)))
         # The mean hears every word at once; a last state has to learn first to carry what it heard.
         return self.out(self.dropout(_mean_of_words(read, ids)))
