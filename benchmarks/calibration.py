@@ -2,12 +2,12 @@
 """How far the probabilities of finished runs can be trusted: at the posterior mean, and averaged over draws.
 
     python benchmarks/calibration.py --data-dir $MNIST runs/mnist-ttm-evidence-seed0 ...
-    python benchmarks/calibration.py --data-dir $IMDB runs/imdb-ttm-evidence-seed0 runs/imdb-dense-seed0
+    python benchmarks/calibration.py --data-dir $IMDB runs/imdb-tt-evidence-seed0 runs/imdb-dense-seed0 --draws 8
 
 Accuracy, NLL, expected calibration error (15 bins) and Brier score on the test rows; for MNIST also how well the
 entropy of the prediction tells the 10,000 pictures from some that are none of digits (AUROC): the same ones turned by a
 quarter, and with their pixels shuffled, by one permutation for all. A dense run is a row of its own. "draws" averages
-the probabilities of 32 draws of all factors, drawn anew for each batch of 512 rows.
+the probabilities of 32 draws of all factors (`--draws`), drawn anew for each batch of 512 rows.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from rankfall.recipes._metrics import FIGURES, auroc, figures
 from rankfall.recipes._options import TrainOptions
 from rankfall.recipes._run import RECIPES, load_data
 
-_DRAWS, _SIDE, _BATCH = 32, 28, 512
+_SIDE, _BATCH = 28, 512
 
 
 def main() -> None:
@@ -32,6 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=Path, nargs="+", help="of one recipe, and with the same length of texts")
     parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--draws", type=int, default=32)
     arguments = parser.parse_args()
     print(machine(1) + "\n")
     config = json.loads((arguments.runs[0] / "config.json").read_text())
@@ -43,7 +44,7 @@ def main() -> None:
     for run in arguments.runs:
         notes = json.loads((run / "metrics.json").read_text())
         model = rf.load(run / "model.safetensors", recipe.network(notes["model"]).make()).eval()
-        for name, predict in _ways(model, notes).items():
+        for name, predict in _ways(model, notes, arguments.draws).items():
             rows.append((run.name, name, *_row(predict, batches, torch.cat(labels), strange)))
     auroc_heads = ("AUROC turned", "AUROC shuffled") if strange else ()
     print(table(("run", "prediction", *(name.removeprefix("test_") for name in FIGURES), *auroc_heads), rows))
@@ -57,14 +58,14 @@ def _shuffled(x: Tensor) -> Tensor:
     return x[:, torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(0))]
 
 
-def _ways(model: torch.nn.Module, notes: dict) -> dict[str, Callable[[Tensor], Tensor]]:
+def _ways(model: torch.nn.Module, notes: dict, draws: int) -> dict[str, Callable[[Tensor], Tensor]]:
     ways = {"mean": lambda x: model(x).log_softmax(1)}
     if notes["posterior"] == "mean-field":
 
         def drawn(x: Tensor) -> Tensor:
-            return rf.predict(model, x, samples=_DRAWS).softmax(2).mean(0).log()
+            return rf.predict(model, x, samples=draws).softmax(2).mean(0).log()
 
-        ways[f"{_DRAWS} draws"] = drawn
+        ways[f"{draws} draws"] = drawn
     return ways
 
 
