@@ -97,7 +97,7 @@ def cut_to(layout: Layout, digits: int) -> Layout:
     Example:
         >>> layout = rf.TT(8).layout((120, 8))
         >>> layout.modes, cut_to(layout, 3).modes
-        (((4, 5, 6), (2, 4)), ((3, 5, 6), (2, 4)))
+        (((4, 5, 6), (8,)), ((3, 5, 6), (8,)))
     """
     k, dim = layout.leading
     leading, rows = layout.factors[k][dim], min(layout.shape[0], digits * layout.leading_rows)
