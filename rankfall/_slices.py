@@ -24,7 +24,8 @@ class Sliced(nn.Module):
     posterior: Posterior
     factors: nn.ParameterList
     log_stds: nn.ParameterList
-    may_lose_rows: bool
+    is_table: bool
+    keeps_all_rows: bool
 
     @property
     def layout(self) -> Layout:
@@ -35,6 +36,11 @@ class Sliced(nn.Module):
     def rows(self) -> int:
         """How many rows of the first axis are left; all that come after are zeros."""
         return self.layout.shape[0]
+
+    @property
+    def may_lose_rows(self) -> bool:
+        """Whether last rows may go: of a table, unless a layer that reads it has padding behind the first row."""
+        return self.is_table and not self.keeps_all_rows
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -81,10 +87,12 @@ class Sliced(nn.Module):
             optimizer: The optimizer that owns the factors, if there is one.
 
         Raises:
-            ValueError: If this is no table, or there are not so many rows.
+            ValueError: If this is no table, a layer has padding in its midst, or there are not so many rows.
         """
-        if not self.may_lose_rows:
+        if not self.is_table:
             raise ValueError("only the table of an rf.nn.Embedding or EmbeddingBag loses rows. Cut ranks instead.")
+        if self.keeps_all_rows:
+            raise ValueError("a layer of this table has padding behind the first row, which would go with the rows.")
         if not 1 <= rows <= self.rows:
             raise ValueError(f"rows must be from 1 to the {self.rows} that are left, got {rows}.")
         factor, dim = self.layout.leading

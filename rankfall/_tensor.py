@@ -57,7 +57,8 @@ class LowRankTensor(Sliced):
         log_stds: Log posterior standard deviations, one tensor per factor; empty with rf.Point.
         path: Path of the layer that `rf.tensorize_` made it for, so that errors can name it; empty elsewhere.
         given: A draw of the factors that was made elsewhere and is to be used; else empty.
-        may_lose_rows: Whether this is a table, of which last rows may go; see `keep_rows_`.
+        is_table: Whether this is the table of an embedding, of which last rows may be gone; see `keep_rows_`.
+        keeps_all_rows: Whether a layer that reads it has padding of its own behind the first row.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class LowRankTensor(Sliced):
         self.format = format
         self.prior = HalfCauchy() if prior is None else prior
         self.posterior = MeanField() if posterior is None else posterior
-        self.may_lose_rows = False
+        self.is_table = self.keeps_all_rows = False
         self._whole = format.layout(shape)
         self._leading, self._digits = self._whole.leading, self._whole.leading_digits
         self._left = self._digits, self._whole
@@ -133,7 +134,7 @@ class LowRankTensor(Sliced):
     @property
     def layout(self) -> Layout:
         """The format applied to the rows that are left, read off the factors as ranks are."""
-        if not self.may_lose_rows:
+        if not self.is_table:
             return self._whole
         factor, dim = self._leading
         digits = self.factors[factor].shape[dim]
@@ -224,7 +225,7 @@ class LowRankTensor(Sliced):
         if [len(shape) for shape in shapes] != [len(axes) for axes in layout.factors]:
             return False
         factor, dim = self._leading
-        if self.may_lose_rows and 1 <= shapes[factor][dim] < self._digits:
+        if self.is_table and 1 <= shapes[factor][dim] < self._digits:
             layout = cut_to(layout, shapes[factor][dim])
         return [tuple(s) for s in shapes] == list(layout.factor_shapes(layout.ranks(shapes)))
 

@@ -130,6 +130,16 @@ def test_rows_that_are_not_there_cannot_be_kept(rows):
 def test_padding_behind_the_first_row_keeps_all_rows():
     assert not rf.nn.Embedding(30, 8, padding_idx=29, format=rf.TTM(3)).weight.may_lose_rows
     assert rf.nn.EmbeddingBag(30, 8, padding_idx=0, format=rf.TTM(3)).weight.may_lose_rows
+    with pytest.raises(ValueError, match=re.escape("a layer of this table has padding behind the first row")):
+        rf.nn.Embedding(30, 8, padding_idx=29, format=rf.TTM(3)).weight.keep_rows_(10)
+
+
+@pytest.mark.parametrize("paddings", [(29, 0), (0, 29), (None, 29)])
+def test_one_layer_with_padding_behind_the_first_row_keeps_the_rows_of_a_shared_table(paddings):
+    weight = rf.LowRankTensor((30, 8), rf.TTM(3))
+    layers = [rf.nn.Embedding.around(weight, nn.Embedding(30, 8, padding)) for padding in paddings]
+    assert not weight.may_lose_rows
+    assert all(layer.weight.rows == 30 for layer in layers)
 
 
 @pytest.mark.parametrize("dense", [True, False])

@@ -69,7 +69,7 @@ class Embedding(nn.Module):
         super().__init__()
         self.padding_idx = _checked_padding(padding_idx, num_embeddings)
         self.weight = _table(num_embeddings, embedding_dim, format, prior, posterior, device, dtype)
-        self.weight.may_lose_rows = _may_lose(self.padding_idx)
+        _becomes_table(self.weight, self.padding_idx)
 
     @classmethod
     def from_dense(
@@ -108,7 +108,7 @@ class Embedding(nn.Module):
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         self.padding_idx, self.weight = module.padding_idx, weight
-        weight.may_lose_rows = _may_lose(module.padding_idx)
+        _becomes_table(weight, module.padding_idx)
         return self
 
     @property
@@ -186,7 +186,7 @@ class EmbeddingBag(nn.Module):
         self.mode, self.include_last_offset = _checked_mode(mode), include_last_offset
         self.padding_idx = _checked_padding(padding_idx, num_embeddings)
         self.weight = _table(num_embeddings, embedding_dim, format, prior, posterior, device, dtype)
-        self.weight.may_lose_rows = _may_lose(self.padding_idx)
+        _becomes_table(self.weight, self.padding_idx)
 
     @classmethod
     def from_dense(
@@ -229,7 +229,7 @@ class EmbeddingBag(nn.Module):
         nn.Module.__init__(self)
         self.mode, self.include_last_offset = _checked_mode(module.mode), module.include_last_offset
         self.padding_idx, self.weight = module.padding_idx, weight
-        weight.may_lose_rows = _may_lose(module.padding_idx)
+        _becomes_table(weight, module.padding_idx)
         return self
 
     @property
@@ -313,9 +313,11 @@ def _table(
     )
 
 
-def _may_lose(padding_idx: int | None) -> bool:
-    # Padding that is not the first row, as the last one is in some vocabularies, would go with the rows.
-    return padding_idx in (None, 0)
+def _becomes_table(weight: LowRankTensor, padding_idx: int | None) -> None:
+    weight.is_table = True
+    # Padding that is not the first row, as the last one is in some vocabularies, would go with the rows. One layer of
+    # a shared table is enough to say so.
+    weight.keeps_all_rows |= padding_idx not in (None, 0)
 
 
 def _left(weight: LowRankTensor, ids: Tensor) -> tuple[Tensor, Tensor | None]:
