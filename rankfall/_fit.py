@@ -3,11 +3,11 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -16,29 +16,25 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 from rankfall._elbo import JointDraw, check_weights
 from rankfall._groups import parameter_groups
-from rankfall._losses import Batches
 from rankfall._processes import Processes, number_started
 from rankfall._progress import ProgressBar
 from rankfall._ranks import ranks
 from rankfall._resume import Record, RunState
+from rankfall._samples import Batch, normalise_, take_sample, to_device
 from rankfall._selection import Evidence, Selection, Training, select_
 from rankfall._shards import NO_BATCH, Shard
-from rankfall._sharing import share_buffers_
-from rankfall._statistics import evaluating, learns_under_draws, measuring, normalised_layers
 from rankfall._summary import summary
 from rankfall._walk import low_rank_tensors
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-Batch: TypeAlias = Any
 NLL: TypeAlias = Callable[[nn.Module, Batch], Tensor]
 
 # How often a loss on an accelerator is looked at: every look makes the host wait for the device.
 _STEPS_BETWEEN_CHECKS = 50
 _LR = 1e-3
 _WARMUP_PART = 20
-_NORMALISED_BY = 4096  # Examples that statistics of batch normalisation at the posterior mean are averages over.
 
 
 def fit(  # noqa: PLR0913  one call with defaults is what a reference loop is for
@@ -134,7 +130,7 @@ def fit(  # noqa: PLR0913  one call with defaults is what a reference loop is fo
     state = RunState(model, optimizer, scheduler, loader, epochs)
     state.check_alike(processes)
     history = processes.from_first(lambda: state.restore(checkpoint))
-    sample = partial(_sample, model, batches, nll, accelerator, processes)
+    sample = partial(take_sample, model, batches, nll, accelerator, processes)
     training = Training(epochs, kl_warmup, num_data, beta, sample, processes.agree)
     with (
         _prepared(accelerator, model, optimizer) as (prepared, stepper),
@@ -150,14 +146,14 @@ def fit(  # noqa: PLR0913  one call with defaults is what a reference loop is fo
             record = {"epoch": epoch, **_train_epoch(objective, batches, stepper), "lr": scheduler.get_last_lr()[0]}
             scheduler.step()
             record["ranks"] = ranks(model)
-            _normalise_(model, sample, processes)
+            normalise_(model, sample, processes)
             sizes = [p.shape for p in model.parameters()]
             if selection is not None and has_kl:
                 trained = time.perf_counter()
                 record |= select_(selection, model, optimizer, [*history, record], training)
                 record["selection_seconds"] = time.perf_counter() - trained
                 if [p.shape for p in model.parameters()] != sizes:
-                    _normalise_(model, sample, processes)
+                    normalise_(model, sample, processes)
             state.share_(processes)
             counts = summary(model)
             record |= {"parameters": counts.parameters, "compression": counts.compression, "ranks": ranks(model)}
@@ -335,7 +331,7 @@ def _train_epoch(objective: _Objective, batches: Shard, optimizer: Optimizer) ->
         each, loss = torch.zeros(0, device=accelerator.device), torch.zeros((), device=accelerator.device)
         if batch is not NO_BATCH:
             with processes.own_noise():
-                each, divergence, loss = objective(_to_device(batch, accelerator.device))
+                each, divergence, loss = objective(to_device(batch, accelerator.device))
                 accelerator.backward(loss)
             sums.kl = divergence.detach()
         loss = processes.average_(parameters, loss.detach(), len(each))
@@ -346,48 +342,6 @@ def _train_epoch(objective: _Objective, batches: Shard, optimizer: Optimizer) ->
         raise ValueError("loader gave no batch. Pass a DataLoader or a list, which can be iterated again each epoch.")
     objective.check(sums.loss, 0)
     return sums.record(processes)
-
-
-def _normalise_(model: nn.Module, sample: Callable[[int], object], processes: Processes) -> None:
-    """Statistics of batch normalisation as they are at the posterior mean, and those of the first process on each."""
-    if learns_under_draws(model):
-        with evaluating(model), measuring(normalised_layers(model)):
-            sample(_NORMALISED_BY)
-    share_buffers_(model, processes)
-
-
-def _sample(
-    model: nn.Module, batches: Shard, nll: NLL, accelerator: "Accelerator", processes: Processes, examples: int
-) -> Batches:
-    """The NLL of each of so many examples by the batch, always the same ones: the first of a new pass over the data.
-
-    Each process computes that of its own batches, and all get what the others have found.
-    """
-
-    def of(batch: Batch) -> Tensor:
-        if batch is NO_BATCH:
-            return processes.gather(torch.zeros(0, device=accelerator.device))
-        with accelerator.autocast():
-            return processes.gather(nll(model, batch))
-
-    found, count = [], 0
-    with torch.no_grad():
-        for batch in batches:
-            found.append(partial(of, _to_device(batch, accelerator.device)))
-            count += len(found[-1]())
-            if count >= examples:
-                break
-    return found
-
-
-def _to_device(batch: Batch, device: torch.device) -> Batch:
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        return {key: _to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, Sequence) and not isinstance(batch, str):
-        return [_to_device(value, device) for value in batch]
-    return batch
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 
 import random
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -12,19 +12,11 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from rankfall._files import write_atomic
 from rankfall._processes import Processes
+from rankfall._shards import Placed
 from rankfall._sharing import check_alike, share_
 from rankfall._states import check_state
 
 Record: TypeAlias = dict[str, Any]
-
-
-@runtime_checkable
-class _Placed(Protocol):
-    """A loader that knows where it is."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any], /) -> None: ...
 
 
 class RunState:
@@ -45,7 +37,7 @@ class RunState:
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
         self.generator = getattr(loader, "generator", None)
-        self.loader = loader if isinstance(loader, _Placed) else None
+        self.loader = loader if isinstance(loader, Placed) else None
         self.epochs = epochs
 
     def save(self, path: Path | str | None, history: list[Record]) -> None:

@@ -2,7 +2,8 @@
 """Batches dealt out to several processes."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any, Final
+from contextlib import contextmanager
+from typing import Any, Final, Protocol, runtime_checkable
 
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
@@ -25,6 +26,15 @@ _SETTINGS = (
 )
 
 
+@runtime_checkable
+class Placed(Protocol):
+    """A loader that knows where it is."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None: ...
+
+
 class Shard:
     """The batches of one process: every `count`-th that a loader gives, from the `index`-th on.
 
@@ -42,7 +52,7 @@ class Shard:
 
     def __init__(self, loader: Iterable[Any], processes: Processes) -> None:
         self._alone = processes.alone
-        self._batches: Iterable[Any] = loader
+        self._batches = self._loader = loader
         if self._alone:
             return
         _check_whole(loader)
@@ -57,6 +67,14 @@ class Shard:
         yield from self._batches
         if not self._alone and self._part.misses_one:
             yield NO_BATCH
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Batches taken inside leave the loader where it was, if it is one that knows."""
+        place = self._loader.state_dict() if isinstance(self._loader, Placed) else None
+        yield
+        if place is not None and isinstance(self._loader, Placed):
+            self._loader.load_state_dict(place)
 
 
 class _Part:

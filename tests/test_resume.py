@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import rankfall as rf
-from fit_runs import data, fit, model_of, same_bits, shuffled, state_of
+from fit_runs import N, data, fit, model_of, same_bits, shuffled, squared_error, state_of
 
 
 class Placed:
@@ -78,6 +78,22 @@ def test_an_interrupted_run_ends_as_the_uninterrupted_one(at, kind_of_loader, po
     finished, go = run(tmp_path / "part")
     assert go() == history
     assert same_bits(state_of(finished), state_of(whole))
+
+
+def test_a_loader_that_knows_its_place_is_where_training_left_it():
+    """Statistics at the posterior mean and the evidence test look at batches, and training misses none for it."""
+    starts = []
+
+    def nll(model, batch):
+        if torch.is_grad_enabled():
+            starts.append(batch[0][0, 0].item())
+        return squared_error(model, batch)
+
+    model = nn.Sequential(rf.nn.Linear(12, 20, format=rf.TTM(4)), nn.BatchNorm1d(20), nn.Linear(20, 3))
+    loader = Placed()
+    fit(model, loader, nll, epochs=8, kl_warmup=0, selection=rf.Evidence(examples=16))
+    assert loader.place == 24
+    assert starts == [data()[0][16 * k % N, 0].item() for k in range(24)]
 
 
 def test_the_checkpoint_does_not_change_the_run(tmp_path):
