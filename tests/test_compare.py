@@ -145,6 +145,22 @@ def test_given_ranks_are_of_the_size_that_evidence_ended_at(monkeypatch):
     assert [row["max_rank"] for row in content["rows"]] == [[None], [3], [3], [8], [8]]
 
 
+def test_some_methods_alone(whole: Path, monkeypatch):
+    shutil.copytree(whole, "all")
+    monkeypatch.setattr(_run, "_fit", None)
+    rows = {row["method"]: row for row in content_of(whole)["rows"]}
+    for methods in (["evidence", "fixed"], ["shrinkage", "dense"]):
+        main([*RUN, "--methods", *methods])
+        assert content_of(Path("all"))["rows"] == [rows[method] for method in METHODS if method in methods]
+        assert content_of(Path("all"))["epochs"] == 4
+
+
+def test_a_budget_stands_in_for_evidence():
+    options = CompareOptions("digits", epochs=2, limit=50, seeds=(0,), methods=("fixed",), budget=5000)
+    (row,) = compare(options, progress=False)["rows"]
+    assert row["max_rank"] == [rank_of_size(options.run("fixed", 0), 5000)]
+
+
 def test_nearest_rank():
     run = TrainOptions("digits", method="fixed", format="tt")
     sizes = {
@@ -170,6 +186,11 @@ def test_nearest_rank():
         (["--limit", "0"], "--limit must be 1 row or more, got 0."),
         (["--beta", "-1"], "--beta must be 0 or more, got -1.0."),
         (["--max-rank", "0"], "TTM: max_rank must be 1 or more, got 0."),
+        (["--methods", "hashing"], "digits has no method hashing. It has dense, fixed, compress, shrinkage, evidence."),
+        (
+            ["--methods", "dense", "fixed"],
+            "fixed gets the size that evidence ends at, and evidence is not among --methods. Add it, or pass --budget.",
+        ),
         (["--data-dir", "."], "digits comes with scikit-learn and reads no folder."),
     ],
 )

@@ -29,7 +29,6 @@ from rankfall.recipes._run import RECIPES, build_model, obstacle, train
 
 # Ranks and budgets that are given are those of the size that evidence ends at, so they come after it.
 _FREE: tuple[MethodName, ...] = ("dense", "evidence", "shrinkage")
-_OF_GIVEN_RANK: tuple[MethodName, ...] = ("fixed", "compress")
 
 _CLICK_FIGURES = ("test_auc", "test_normalised_entropy")
 _FIGURES = (
@@ -66,6 +65,9 @@ class CompareOptions:
     """Which of the recipe's networks; mnist has mlp and lenet5, cifar10 vgg and resnet20. The first if left out."""
     format: FormatName | None = None
     """How the weights are held; the recipe's own way (imdb tt, others ttm) if left out."""
+    methods: tuple[MethodName, ...] = ()
+    """Which of them; all that the recipe has if left out. A method of a given size needs evidence beside it, or
+    --budget."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One run of each method per seed."""
     epochs: int | None = None
@@ -103,9 +105,14 @@ class CompareOptions:
         return RECIPES[self.recipe].network(self.model, self.data_dir)
 
     @property
-    def methods(self) -> tuple[MethodName, ...]:
-        """All that the network offers, as the table shows them."""
+    def offered(self) -> tuple[MethodName, ...]:
+        """All methods that the network has, as the table shows them."""
         return ("dense", *self.network.baselines, "fixed", "compress", "shrinkage", "evidence")
+
+    @property
+    def compared(self) -> tuple[MethodName, ...]:
+        """Those that are wanted, in the same order."""
+        return tuple(method for method in self.offered if not self.methods or method in self.methods)
 
     def run(
         self, method: MethodName, seed: int, max_rank: int | None = None, budget: int | None = None
@@ -136,7 +143,8 @@ class CompareOptions:
         """Refuses what argument types let through, and run folders that were started with other options.
 
         Raises:
-            ValueError: If there are no seeds or a seed comes twice, a number is out of range, or a folder is taken.
+            ValueError: If there are no seeds or a seed comes twice, the recipe lacks a method or there is no size for
+                it, a number is out of range, or a folder is taken.
         """
         if not self.seeds:
             raise ValueError("--seeds must be one seed or more, got none. Pass for example --seeds 0 1 2.")
@@ -145,11 +153,22 @@ class CompareOptions:
             raise ValueError(f"--seeds must differ from each other, got {came}. A seed gives the same run each time.")
         if self.budget is not None and self.budget < 1:
             raise ValueError(f"--budget must be 1 parameter or more, got {self.budget}.")
-        for method in self.methods:
+        self._check_methods()
+        for method in self.compared:
             self.run(method, self.seeds[0]).check()
-        for method in _FREE:
-            for seed in self.seeds:
+        for method in self.compared:
+            for seed in self.seeds if method in _FREE else ():
                 RunFolder(self.run(method, seed)).check()
+
+    def _check_methods(self) -> None:
+        for method in self.methods:
+            if method not in self.offered:
+                raise ValueError(f"{self.recipe} has no method {method}. It has {', '.join(self.offered)}.")
+            if method not in _FREE and self.budget is None and "evidence" not in self.methods:
+                raise ValueError(
+                    f"{method} gets the size that evidence ends at, and evidence is not among --methods. "
+                    "Add it, or pass --budget."
+                )
 
 
 def compare(
@@ -181,16 +200,17 @@ def compare(
         folder, _, metrics = train(run, progress=progress)
         return metrics | {"max_rank": _start_rank(run)} | _epoch_seconds(folder.read_history())
 
-    results: dict[MethodName, list[Result]] = {method: [] for method in options.methods}
+    results: dict[MethodName, list[Result]] = {method: [] for method in options.compared}
+    free: list[MethodName] = [method for method in _FREE if method in results]
+    given: list[MethodName] = [method for method in results if method not in free]
     for seed in options.seeds:
-        for method in _FREE:
+        for method in free:
             results[method].append(finish(options.run(method, seed)))
-        size = options.budget or results["evidence"][-1]["parameters"]
-        rank = rank_of_size(options.run("fixed", seed), size)
-        for method in _OF_GIVEN_RANK:
-            results[method].append(finish(options.run(method, seed, rank)))
-        for method in network.baselines:
-            results[method].append(finish(options.run(method, seed, rank, size)))
+        size = options.budget or (results["evidence"][-1]["parameters"] if given else 0)
+        rank = rank_of_size(options.run("fixed", seed), size) if given else None
+        for method in given:
+            budget = size if method in network.baselines else None
+            results[method].append(finish(options.run(method, seed, rank, budget)))
     content = _content(options, results)
     write_atomic(options.path / "compare.json", lambda p: p.write_text(json.dumps(content, indent=2) + "\n"))
     return content
@@ -226,10 +246,10 @@ def _content(options: CompareOptions, results: Mapping[MethodName, Sequence[Resu
         *("recipe", "model", "format", "prior", "posterior", "beta", "limit", "synthetic", "length", "precision"),
         "budget",
     )
-    some = results["evidence"][0]
+    some: Result = next((run for runs in results.values() for run in runs if "reason" not in run), {})
     return {
         **{name: getattr(options, name) for name in names},
-        "epochs": some["epochs"],
+        "epochs": some.get("epochs"),
         "seeds": list(options.seeds),
         "known": {name: value for name, value in some.items() if name.startswith("truth_")},
         "rows": [_row(method, found) for method, found in results.items()],
