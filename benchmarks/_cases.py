@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from _peers import embedding_peers, linear_peers, mean_field_peers
 from torch import Tensor, nn
 
 import rankfall as rf
@@ -75,17 +76,55 @@ def _linear(name: str, matrix: _Matrix, kind: type[rf.TT], rank: int) -> Case:
         format = kind(rank, out_modes=out_modes, in_modes=in_modes)
         return step_of(rf.nn.Linear(width, rows, format=format, posterior=rf.Point()))
 
-    rivals = {"dense": lambda: step_of(nn.Linear(width, rows)), "rankfall": ours}
-    peer = {rf.TTM: "blocktt", rf.CP: "cp", rf.Tucker: "tucker"}.get(kind)
-    if peer:
-        for way in ("factorized", "reconstructed"):
-            rivals[f"TensorLy-Torch {way}"] = lambda way=way: step_of(
-                _tensorly_linear(in_modes, out_modes, peer, rank, way)
-            )
+    peers = linear_peers(kind, in_modes, out_modes, rank)
+    rivals = {
+        "dense": lambda: step_of(nn.Linear(width, rows)),
+        "rankfall": ours,
+        **{name: lambda make=make: step_of(make()) for name, make in peers.items()},
+    }
     weight = rf.LowRankTensor((rows, width), kind(rank, out_modes=out_modes, in_modes=in_modes), device="meta")
     flops = min(2 * rows * width, _least_flops(weight)) * batch * 3
     moved = 4 * (2 * batch * (rows + width) + 2 * sum(f.numel() for f in weight.factors))
     return Case(name, f"linear {width} to {rows}, batch {batch}, {kind.__name__} rank {rank}", rivals, (flops, moved))
+
+
+def _mean_field(name: str, matrix: _Matrix, kind: type[rf.TT], rank: int) -> Case:
+    """A draw, the KL and a step of Adam besides: what a Bayesian layer is trained by."""
+    (rows, width), batch = matrix.shape, matrix.batch
+    x, direction = torch.randn(batch, width), torch.randn(batch, rows)
+
+    def step_of(layer: nn.Module, kl: Callable[[], Tensor]) -> Step:
+        optimizer = _adam(layer)
+
+        def step() -> None:
+            optimizer.zero_grad()
+            y = layer(x)
+            ((y * direction).mean() + kl() / 60_000).backward()
+            optimizer.step()
+
+        return step
+
+    def ours() -> Step:
+        format = kind(rank, out_modes=matrix.out_modes, in_modes=matrix.in_modes)
+        layer = rf.nn.Linear(width, rows, format=format)
+        return step_of(layer, lambda: rf.kl(layer))
+
+    def theirs(make: Callable[[], nn.Module]) -> Step:
+        layer = make()
+        return step_of(layer, lambda: layer.kl)
+
+    def dense() -> Step:
+        return step_of(nn.Linear(width, rows), lambda: torch.zeros(()))
+
+    peers = mean_field_peers(width, rows)
+    weight = rf.LowRankTensor(
+        (rows, width), kind(rank, out_modes=matrix.out_modes, in_modes=matrix.in_modes), device="meta"
+    )
+    numbers = sum(f.numel() for f in weight.factors)
+    flops = min(2 * rows * width, _least_flops(weight)) * batch * 3
+    what = f"linear {width} to {rows}, batch {batch}, {kind.__name__} rank {rank}, a draw, the KL, and Adam"
+    rivals = {"dense": dense, "rankfall": ours, **{n: lambda make=make: theirs(make) for n, make in peers.items()}}
+    return Case(name, what, rivals, (flops, 4 * (2 * batch * (rows + width) + 20 * numbers)))
 
 
 def _least_flops(weight: rf.LowRankTensor) -> int:
@@ -102,39 +141,9 @@ def _least_flops(weight: rf.LowRankTensor) -> int:
         middle = [min(math.prod(middle[:2]), math.prod(middle[2:]))]
     between = len(weight.layout.modes[0])
     rank = middle[between - 1] if isinstance(weight.format, rf.TT) else middle[0]
+    if isinstance(weight.format, rf.TR):  # Two bonds join the halves.
+        rank = middle[between - 1] * middle[-1]
     return 2 * rank * (rows + width)
-
-
-def _their_ranks(in_modes: tuple[int, ...], out_modes: tuple[int, ...], factorization: str, rank: int) -> object:
-    """The rank as TensorLy-Torch takes it: with both ends of a chain, and no more than a mode in Tucker."""
-    if factorization == "blocktt":
-        return (1, *(rank for _ in in_modes[1:]), 1)
-    if factorization == "tucker":
-        return tuple(min(rank, n) for n in (*out_modes, *in_modes))
-    return rank
-
-
-def _drawn(layer: nn.Module) -> nn.Module:
-    with torch.no_grad():
-        for p in layer.parameters():
-            p.normal_(0, 0.1)
-    return layer
-
-
-def _tensorly_linear(
-    in_modes: tuple[int, ...], out_modes: tuple[int, ...], factorization: str, rank: int, way: str
-) -> nn.Module:
-    import tltorch  # noqa: PLC0415  only where it is asked for
-
-    layer = tltorch.FactorizedLinear(
-        in_modes,
-        out_modes,
-        bias=True,
-        factorization=factorization,
-        rank=_their_ranks(in_modes, out_modes, factorization, rank),
-        implementation=way,
-    )
-    return _drawn(layer)
 
 
 @dataclass(frozen=True)
@@ -170,7 +179,7 @@ def _trained(layer: nn.Module, forward: Callable[[], Tensor], optimizer: torch.o
 
 
 def _adam(layer: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.Adam(layer.parameters(), lr=1e-3)
+    return torch.optim.Adam(layer.parameters(), lr=1e-3, fused=True)
 
 
 def _embedding(name: str, table: _Table, kind: type[rf.TT], rank: int, ids: Tensor) -> Case:
@@ -187,14 +196,13 @@ def _embedding(name: str, table: _Table, kind: type[rf.TT], rank: int, ids: Tens
         return step_of(layer, _adam(layer))
 
     rivals = {**_dense_tables(table, nn.Embedding, step_of), "rankfall": ours}
-    peer = {rf.TTM: "blocktt", rf.CP: "cp", rf.Tucker: "tucker"}.get(kind)
-    if peer:
+    peers = embedding_peers(kind, given["out_modes"], given["in_modes"], rank)
 
-        def theirs() -> Step:
-            layer = _tensorly_embedding(given["out_modes"], given["in_modes"], peer, rank)
-            return step_of(layer, _adam(layer))
+    def theirs(make: Callable[[], nn.Module]) -> Step:
+        layer = make()
+        return step_of(layer, _adam(layer))
 
-        rivals["TensorLy-Torch"] = theirs
+    rivals |= {name: lambda make=make: theirs(make) for name, make in peers.items()}
     distinct = len(ids.unique())
     weight = rf.LowRankTensor((table.rows, table.width), format, device="meta")
     numbers = sum(f.numel() for f in weight.factors)
@@ -214,31 +222,16 @@ def _dense_tables(
         weight = torch.zeros(table.rows, table.width)
         return kind.from_pretrained(weight, freeze=False, sparse=sparse, **options)
 
-    def with_(optimizer: type[torch.optim.Optimizer], sparse: bool) -> Step:
-        layer = made(sparse)
-        return step_of(layer, optimizer(layer.parameters(), lr=1e-3))
+    def with_adam() -> Step:
+        layer = made(sparse=False)
+        return step_of(layer, _adam(layer))
 
-    if small:
-        return {"dense": lambda: with_(torch.optim.Adam, False)}
+    def with_sgd() -> Step:
+        layer = made(sparse=True)
+        return step_of(layer, torch.optim.SGD(layer.parameters(), lr=1e-3))
+
     # SparseAdam keeps two more tables of 5 GB; SGD is the faster rival besides.
-    return {"dense": lambda: with_(torch.optim.SGD, True)}
-
-
-def _tensorly_embedding(
-    out_modes: tuple[int, ...], in_modes: tuple[int, ...], factorization: str, rank: int
-) -> nn.Module:
-    import tltorch  # noqa: PLC0415
-
-    layer = tltorch.FactorizedEmbedding(
-        math.prod(out_modes),
-        math.prod(in_modes),
-        auto_tensorize=False,
-        tensorized_num_embeddings=out_modes,
-        tensorized_embedding_dim=in_modes,
-        factorization=factorization,
-        rank=_their_ranks(in_modes, out_modes, factorization, rank),
-    )
-    return _drawn(layer)
+    return {"dense": with_adam if small else with_sgd}
 
 
 def _bag(name: str, table: _Table, kind: type[rf.TT], rank: int, bags: int) -> Case:
@@ -273,14 +266,19 @@ def cases() -> Sequence[Case]:
         _linear("L1-TT", _L1, rf.TT, 20),
         _linear("L1-CP", _L1, rf.CP, 50),
         _linear("L1-Tucker", _L1, rf.Tucker, 20),
+        _linear("L1-TR", _L1, rf.TR, 5),
+        _mean_field("L1-MeanField", _L1, rf.TT, 20),
         _linear("L2-TTM", _L2, rf.TTM, 16),
         _linear("L2-TT", _L2, rf.TT, 16),
         _linear("L2-CP", _L2, rf.CP, 100),
         _linear("L2-Tucker", _L2, rf.Tucker, 5),
+        _linear("L2-TR", _L2, rf.TR, 5),
+        _mean_field("L2-MeanField", _L2, rf.TT, 16),
         _linear("L3-TTM", _L3, rf.TTM, 32),
         _linear("L3-TT", _L3, rf.TT, 32),
         _linear("L3-CP", _L3, rf.CP, 100),
         _linear("L3-Tucker", _L3, rf.Tucker, 16),
+        _linear("L3-TR", _L3, rf.TR, 6),
         _embedding("E1-TTM", _E1, rf.TTM, 20, words),
         _embedding("E1-TT", _E1, rf.TT, 20, words),
         _embedding("E1-CP", _E1, rf.CP, 100, words),

@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """How fast a training step is: rankfall beside the dense layer, beside peers, and beside what the machine allows.
 
-    python benchmarks/speed.py [CASE ...] [--rounds 20] [--out speed.json]
+    python benchmarks/speed.py [CASE ...] [--rounds 20] [--out speed.json] [--plot speed.png]
 
 Forward and backward pass (and Adam for tables) in float32 on one thread. The rivals of a case take turns, so that what
 else the machine does falls on all of them; medians of the rounds. The limit is the time of the arithmetic at the speed
 of a large matrix product, or of the bytes at the speed of a large copy, whichever is longer; both are measured first.
 All rivals run with memory that stays with the process, as `rankfall train` does: without it the page faults of large
 outputs hide the differences.
-Peak memory is that of a fresh process for each rival. Peers that are not installed are left out: pip install
-tensorly-torch.
+Peak memory is that of a fresh process for each rival. Peers that are not installed are left out; _peers.py says how
+they are installed.
 """
 
 import argparse
-import importlib.util
 import json
 import statistics
 import subprocess
@@ -38,6 +37,7 @@ def main() -> None:
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--plot", type=Path, help="needs matplotlib")
     parser.add_argument("--memory-of", nargs=2, metavar=("CASE", "RIVAL"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory_of:
@@ -54,7 +54,6 @@ def main() -> None:
     for name in options.cases or known:
         case = known[name]
         rivals = [r for r in case.make if not options.no_peers or r.startswith(("dense", "rankfall"))]
-        rivals = [r for r in rivals if "TensorLy" not in r or importlib.util.find_spec("tltorch")]
         result = _timed(case, rivals, options.rounds)
         result["limit"] = 1e3 * max(case.limit[0] / flops, case.limit[1] / bandwidth)
         if not options.no_memory:
@@ -65,6 +64,10 @@ def main() -> None:
     if options.out:
         content = {"machine": machine(1), "gflops": flops / 1e9, "gbytes": bandwidth / 1e9, "cases": results}
         options.out.write_text(json.dumps(content, indent=2) + "\n")
+    if options.plot:
+        from _speed_picture import draw  # noqa: PLC0415  only a picture needs matplotlib
+
+        draw(results, machine(1), options.plot)
 
 
 def _speeds() -> tuple[float, float]:
