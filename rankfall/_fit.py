@@ -18,7 +18,7 @@ from rankfall._elbo import JointDraw, check_weights
 from rankfall._groups import parameter_groups
 from rankfall._processes import Processes, number_started
 from rankfall._progress import ProgressBar
-from rankfall._ranks import ranks
+from rankfall._ranks import ranks, table_rows
 from rankfall._resume import Record, RunState
 from rankfall._samples import Batch, normalise_, take_sample, to_device
 from rankfall._selection import Evidence, Selection, Training, select_
@@ -108,9 +108,9 @@ def fit(  # noqa: PLR0913  one call with defaults is what a reference loop is fo
 
     Returns:
         One record per epoch: epoch, loss, nll (mean, nats) and its standard error nll_error, kl (nats), lr, parameters,
-        compression, ranks, seconds. With a selection also selection_seconds, the part that it took, and with
-        rf.Evidence the selection made ("wait", "cut", "kept", "try", "undo", "grow")
-        and its cuts, as rf.RankChange has them.
+        compression, ranks, rows (of each table, those left), seconds. With a selection also selection_seconds, the part
+        that it took, and with rf.Evidence the selection made ("wait", "cut", "kept", "try", "undo", "grow") and its
+        cuts, as rf.RankChange has them.
 
     Raises:
         ValueError: If an argument is out of range, `nll` returns another shape, the loss stops being finite, the
@@ -156,7 +156,8 @@ def fit(  # noqa: PLR0913  one call with defaults is what a reference loop is fo
                     normalise_(model, sample, processes)
             state.share_(processes)
             counts = summary(model)
-            record |= {"parameters": counts.parameters, "compression": counts.compression, "ranks": ranks(model)}
+            record |= {"parameters": counts.parameters, "compression": counts.compression}
+            record |= {"ranks": ranks(model), "rows": table_rows(model)}
             record["seconds"] = time.perf_counter() - started
             if evaluate is not None:
                 record |= processes.together(partial(_evaluated, model, evaluate))

@@ -22,6 +22,11 @@ def ranks(model: nn.Module) -> dict[str, dict[str, int]]:
     return {layer_path(path): tensor.ranks for path, tensor in low_rank_tensors(model)}
 
 
+def table_rows(model: nn.Module) -> dict[str, int]:
+    """How many rows of each low-rank table are left, by layer."""
+    return {layer_path(path): tensor.rows for path, tensor in low_rank_tensors(model) if tensor.is_table}
+
+
 def check_threshold(threshold: float) -> None:
     """Refuses a threshold that is no fraction.
 

@@ -206,3 +206,15 @@ def test_a_picture_of_a_run(tmp_path: Path, bonds):
     with Image.open(tmp_path / "ranks.png") as picture:
         assert picture.size == (840, 720 if bonds else 360)
         assert len(picture.convert("RGB").getcolors(2**24)) > 20
+
+
+@pytest.mark.parametrize(("rows", "parts"), [((50, 50), 2), ((50, 20), 3), ((None, 20), 2), ((None, 50, 20), 3)])
+def test_a_picture_shows_tables_that_lost_rows(tmp_path: Path, rows, parts):
+    history = [
+        {"epoch": k, "ranks": {"table": {"r1": 5}}, "rows": {} if left is None else {"table": left}}
+        | {"parameters": 100, "test_accuracy": 0.5}
+        for k, left in enumerate(rows)
+    ]
+    draw(history, tmp_path / "ranks.png")
+    with Image.open(tmp_path / "ranks.png") as picture:
+        assert picture.size == (840, 360 * parts)

@@ -21,8 +21,8 @@ def test_the_loss_falls(posterior):
 def test_a_record_says_what_happened():
     model = model_of()
     history = fit(model, epochs=2, evaluate=lambda: {"accuracy": 0.5}, kl_warmup=0)
-    expected = {"epoch", "loss", "nll", "nll_error", "kl", "lr", "parameters", "compression", "ranks", "seconds"}
-    expected |= {"selection", "selection_seconds", "accuracy"}
+    expected = {"epoch", "loss", "nll", "nll_error", "kl", "lr", "parameters", "compression", "ranks", "rows"}
+    expected |= {"seconds", "selection", "selection_seconds", "accuracy"}
     assert all(set(record) == expected for record in history)
     last = history[-1]
     assert last["ranks"] == rf.ranks(model)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rankfall._formats import CP, TTM, Format, Tucker
+from rankfall._layout import Modes
 from rankfall._modes import balanced_modes, mode_count
 from rankfall._tensor import LowRankTensor
 
@@ -76,23 +77,23 @@ def others_of(module: nn.Module, weights: Mapping[str, LowRankTensor]) -> dict[s
 def blocks_apart(format: Format, blocks: int, shape: tuple[int, int]) -> Format:
     """A format whose first mode is the block (the gate, or query, key, value) of a weight of stacked blocks.
 
-    Modes that are given stay; in_modes of another width than this weight's are left out, since the weights of a layer
-    differ in width. Out-modes are chosen without padding, which would mix the blocks.
+    Modes that are given stay; the weights of a layer differ in width, and where in_modes are of another one, it is
+    split into as many. Out-modes are chosen without padding, which would mix the blocks.
 
     Example:
         >>> blocks_apart(rf.TT(8), 4, (512, 256)).out_modes
         (4, 4, 4, 8)
         >>> blocks_apart(rf.CP(8), 4, (508, 256)).out_modes
         (4, 127)
+        >>> blocks_apart(rf.TTM(8, out_modes=(4, 128, 1), in_modes=(1, 1, 256)), 4, (512, 128)).in_modes
+        (1, 1, 128)
 
     Args:
         format: The format of the layer.
         blocks: How many blocks are stacked.
         shape: The shape of the weight.
     """
-    given = format.in_modes
-    if given is not None and not shape[1] <= math.prod(given) <= shape[1] * _MOST_PADDED:
-        given = None
+    given = _split_alike(format.in_modes, shape[1])
     if blocks == 1:
         fits = format.out_modes is not None and math.prod(format.out_modes) == shape[0]
         return replace(format, out_modes=format.out_modes if fits else None, in_modes=given)
@@ -110,3 +111,12 @@ def blocks_apart(format: Format, blocks: int, shape: tuple[int, int]) -> Format:
         given = (1, *balanced_modes(shape[1], len(modes)))
         given = given if math.prod(given) <= shape[1] * _MOST_PADDED else None
     return replace(format, out_modes=(blocks, *modes), in_modes=given)
+
+
+def _split_alike(modes: Modes | None, width: int) -> Modes | None:
+    """Modes if they are of this width; else as many of it, ones staying ones; None if that takes much padding."""
+    if modes is None or width <= math.prod(modes) <= width * _MOST_PADDED:
+        return modes
+    split = iter(balanced_modes(width, max(sum(mode > 1 for mode in modes), 1)))
+    found = tuple(next(split) if mode > 1 else 1 for mode in modes)
+    return found if width <= math.prod(found) <= width * _MOST_PADDED else None

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A picture of a run: how its ranks fell, and what became of its size and its accuracy."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,23 @@ _MOST_NAMED = 12  # Lines that a legend can still name.
 def draw(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Writes a PNG with the ranks of every bond above, and parameters and test accuracy below, epoch by epoch.
 
-    A colour is a layer, a kind of line a bond of it. Without low-rank tensors only the lower part is drawn.
+    A colour is a layer, a kind of line a bond of it. Tables that lost rows have a part in the middle. Without low-rank
+    tensors only the lower part is drawn.
 
     Args:
         history: The records of `rf.fit`.
         path: The file to write.
     """
     layers = list(history[-1]["ranks"])
-    figure = Figure(figsize=(7, 6 if layers else 3), layout="constrained")
-    *above, below = figure.subplots(2 if layers else 1, 1, sharex=True, squeeze=False)[:, 0]
-    for panel in above:
-        _draw_ranks(panel, history, layers)
-    _draw_size(below, history)
+    parts: list[Callable[[Axes, Sequence[Mapping[str, Any]]], None]] = (
+        [partial(_draw_ranks, layers=layers)] if layers else []
+    )
+    if tables := [layer for layer in layers if len({_rows(record, layer) for record in history} - {None}) > 1]:
+        parts.append(partial(_draw_rows, tables=tables, layers=layers))
+    parts.append(_draw_size)
+    figure = Figure(figsize=(7, 3 * len(parts)), layout="constrained")
+    for part, panel in zip(parts, figure.subplots(len(parts), 1, sharex=True, squeeze=False)[:, 0], strict=True):
+        part(panel, history)
     write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
 
 
@@ -55,6 +61,27 @@ def _draw_ranks(panel: Axes, history: Sequence[Mapping[str, Any]], layers: Seque
         panel.set_title(f"{len(lines)} bonds of {len(layers)} weights; a colour is a weight", fontsize="small")
 
 
+def _rows(record: Mapping[str, Any], layer: str) -> int | None:
+    """Rows of a table; None of another layer, and where it was dense then."""
+    return record.get("rows", {}).get(layer)
+
+
+def _draw_rows(panel: Axes, history: Sequence[Mapping[str, Any]], tables: Sequence[str], layers: Sequence[str]) -> None:
+    for layer in tables:
+        known = [(e, rows) for e, r in zip(_epochs(history), history, strict=True) if (rows := _rows(r, layer))]
+        panel.step(*zip(*known, strict=True), f"C{layers.index(layer) % 10}", where="post", label=layer)
+    panel.set(ylabel="rows left", yscale="log")
+    _plain_numbers(panel, "{x:,.0f}")
+    if len(tables) <= _MOST_NAMED:
+        panel.legend(fontsize="small", frameon=False)
+    panel.grid(alpha=0.3)
+
+
+def _plain_numbers(panel: Axes, form: str) -> None:
+    panel.yaxis.set_major_formatter(form)
+    panel.yaxis.set_minor_formatter(form)
+
+
 def _draw_size(panel: Axes, history: Sequence[Mapping[str, Any]]) -> None:
     epochs = _epochs(history)
     size = panel.step(epochs, [r["parameters"] for r in history], "C0", where="post", label="parameters")
@@ -63,7 +90,6 @@ def _draw_size(panel: Axes, history: Sequence[Mapping[str, Any]]) -> None:
     other = panel.twinx()
     errors = other.plot(epochs, [100 * (1 - r["test_accuracy"]) for r in history], "C3", label="test error")
     other.set(ylabel="test error, %", yscale="log")
-    for axis, form in ((panel.yaxis, "{x:,.0f}"), (other.yaxis, "{x:g}")):
-        axis.set_major_formatter(form)
-        axis.set_minor_formatter(form)
+    _plain_numbers(panel, "{x:,.0f}")
+    _plain_numbers(other, "{x:g}")
     panel.legend(handles=[*size, *errors], fontsize="small", frameon=False)
