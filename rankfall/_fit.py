@@ -90,7 +90,8 @@ def fit(  # noqa: PLR0913  one call with defaults is what a reference loop is fo
             batches as there are processes: of half the size on two, it is the step that one makes.
         nll: nll(model, batch) returns the negative log likelihood of each datum of the batch in nats, shape (n,).
         epochs: Passes over the loader, all in all: a resumed run does what is left.
-        num_data: Size of the whole training set.
+        num_data: Size of the whole training set. With augmentation it is larger than the number of examples, by as
+            many views as each is worth.
         optimizer: Any torch optimizer over the model's parameters; None for Adam on `rf.parameter_groups(model, 1e-3)`.
         beta: Weight of the KL; 1 is the evidence lower bound.
         kl_warmup: Epochs over which that weight rises from 0, so that the data speaks first; no cut happens in them.

@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 import rankfall as rf
-from rankfall.recipes import cifar10, imdb
+from rankfall.recipes import _run, cifar10, imdb
 from rankfall.recipes._data import Data
 from rankfall.recipes._metrics import auroc, figures
+from rankfall.recipes._options import TrainOptions
 from rankfall.recipes._picture import draw
+from rankfall.recipes._recipe import Network, Recipe
 
 
 def sheet(path, seed=0):
@@ -187,6 +190,18 @@ def test_figures_are_those_of_the_formulas():
     assert found["test_ece"] == pytest.approx(ece, rel=1e-4)
     truth = torch.eye(4)[labels]
     assert found["test_brier"] == pytest.approx(float(((p - truth) ** 2).sum(1).mean()), rel=1e-5)
+
+
+def test_augmented_rows_count_as_many_as_their_views(tmp_path: Path, monkeypatch):
+    """The KL of a run is shared out over them: loss = NLL + KL / (views * rows)."""
+    rows = torch.rand(60, 8), torch.randint(2, (60,))
+    data = Data(rows, rows, views=7)
+    assert (data.num_data, data.limited(10).num_data, Data(rows, rows).num_data) == (420, 70, 60)
+    network = Network(lambda: nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 2)), 2, 60, 1e-3, 2, kl_warmup=0)
+    monkeypatch.setitem(_run.RECIPES, "digits", Recipe("digits", lambda _: data, {"mlp": network}))
+    folder, _, _ = _run.train(TrainOptions("digits", out=tmp_path / "run"), progress=False)
+    for record in folder.read_history():
+        assert record["loss"] == pytest.approx(record["nll"] + record["kl"] / 420, rel=1e-5)
 
 
 def test_auroc_counts_pairs():

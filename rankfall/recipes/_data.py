@@ -40,6 +40,7 @@ class Data:
         train: (inputs, labels) to learn from.
         test: (inputs, labels) to measure with.
         augment: Changes the inputs of a training batch at random.
+        views: How many rows an augmented one counts as beside the prior.
         texts: Whether inputs are token ids, filled up with PADDING: batches are then of similar length, and cut to
             their longest text.
         clicks: Whether class 1 is an event that is rare, and its probability what is wanted.
@@ -49,6 +50,7 @@ class Data:
     train: Rows | Source
     test: Rows | Source
     augment: Callable[[Tensor], Tensor] | None = None
+    views: int = 1
     texts: bool = False
     clicks: bool = False
     known: Mapping[str, float] = field(default_factory=dict)
@@ -67,6 +69,11 @@ class Data:
     def num_train(self) -> int:
         """Training rows."""
         return len(self.train[0] if isinstance(self.train, tuple) else self.train)
+
+    @property
+    def num_data(self) -> int:
+        """The size of the training set that the bound is of: all views of all rows."""
+        return self.views * self.num_train
 
     def batches(self, size: int) -> Iterable[Rows]:
         """Shuffled batches of the training rows, each gathered by one indexing."""

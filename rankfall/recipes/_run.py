@@ -255,7 +255,7 @@ def _fit(
             partial(_cross_entropy, precision=options.precision),
             optimizer=torch.optim.Adam(parameter_groups(model, network.lr), fused=True),
             epochs=phase.epochs,
-            num_data=data.num_train,
+            num_data=data.num_data,
             beta=options.beta if options.shrinks else 0.0,
             kl_warmup=network.kl_warmup,
             selection=options.make_selection(network.test_examples),
