@@ -30,9 +30,13 @@ _SETTINGS = (
 class Placed(Protocol):
     """A loader that knows where it is."""
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """Where it is."""
+        ...
 
-    def load_state_dict(self, state: dict[str, Any], /) -> None: ...
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        """Goes to where it was."""
+        ...
 
 
 class Shard:

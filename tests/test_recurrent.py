@@ -148,6 +148,9 @@ def test_the_gate_is_a_mode_and_is_never_padded():
                 assert layout.padded_shape[0] == blocks * hidden
     assert blocks_apart(rf.TTM(4), 4, (512, 256)).layout((512, 256)).modes == ((4, 4, 4, 8), (1, 4, 8, 8))
     assert blocks_apart(rf.TT(4, out_modes=(16, 32)), 4, (512, 256)).out_modes == (16, 32)
+    given = rf.TT(4, out_modes=(4, 128), in_modes=(16, 16))
+    assert blocks_apart(given, 4, (512, 256)).in_modes == (16, 16)
+    assert blocks_apart(given, 4, (512, 128)).in_modes == (8, 16)
 
 
 def test_in_modes_hold_for_the_weights_that_they_fit():

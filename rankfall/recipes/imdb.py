@@ -154,7 +154,7 @@ _WORDS = ((25_000, 1), (1, 256))
 def _network(make: Callable[[], nn.Module], lr: float) -> Network:
     # The data have 25,000 bits to tell and a fresh posterior costs several nats an entry: unless the reviews speak
     # first, the KL silences them. A pass over texts takes long, so the evidence test looks at fewer of them.
-    modes = {"embedding": _WORDS, "lstm": ((4, 128, 1), (1, 1, 256))}
+    modes = {"embedding": _WORDS}
     return Network(make, epochs=10, batch_size=64, lr=lr, max_rank=8, kl_warmup=3, test_examples=2048, modes=modes)
 
 
