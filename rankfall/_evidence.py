@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from rankfall._elbo import check_weights
 from rankfall._formats import CP, TR
 from rankfall._losses import Agree, Batches, Losses, Verdict, weigh
+from rankfall._memo import Memo
 from rankfall._statistics import evaluating
 from rankfall._tensor import LowRankTensor
 from rankfall._walk import finite_tensors, layer_path, low_rank_tensors
@@ -55,7 +56,8 @@ class _Test:
     num_data: int
     beta: float
     z: float
-    agree: Agree = list
+    agree: Agree
+    memo: Memo
 
     def saved(self, before: float, tensor: LowRankTensor) -> float:
         """What the prior side gains by a tensor as it is, against what it charged before."""
@@ -68,11 +70,11 @@ class _Test:
 
     def losses(self) -> Losses:
         """Those of the model as it is."""
-        return Losses(self.batches)
+        return Losses(self.batches, self.memo.filling)
 
     def checked_losses(self) -> Losses:
         """Those of the model as it is, of all examples, so that a refusal comes before any change."""
-        losses = Losses([lambda batch=batch: _checked(batch()) for batch in self.batches])
+        losses = Losses([lambda batch=batch: _checked(batch()) for batch in self.batches], self.memo.filling)
         losses.first(sys.maxsize)
         if losses.count < 2:
             raise ValueError(_NOT_PER_EXAMPLE.format(f"shape ({losses.count},)"))
@@ -182,15 +184,18 @@ def search_ranks_(
     if not z >= 0 or not 0 < max_cut <= 1:
         raise ValueError(f"z must be 0 or more and max_cut above 0 and up to 1, got z={z} and max_cut={max_cut}.")
     tensors = finite_tensors(model, "select ranks of")
-    test = _Test(batches, num_data, beta, z, agree)
+    memo = Memo(model)
+    test = _Test(memo.over(batches), num_data, beta, z, agree, memo)
     changes: list[RankChange] = []
     misses: list[RankChange] = []
-    with torch.no_grad(), evaluating(model):
+    with torch.no_grad(), evaluating(model), memo.watching():
         base = test.checked_losses()
         for path, tensor in tensors:
-            found, missed, base = _select(tensor, layer_path(path), test, base, max_cut)
+            with memo.changing(tensor):
+                found, missed, base = _select(tensor, layer_path(path), test, base, max_cut)
             if found:
                 _apply(tensor, found, optimizer)
+                memo.forget(tensor)
             changes += found
             misses += missed
     return changes, misses

@@ -166,7 +166,7 @@ def test_the_best_rank_is_taken_not_the_smallest_that_passes(margin, passes):
         spread = margin * math.sqrt(N - 1) / (2.0 * N) * torch.ones(N).where(torch.arange(N) % 2 == 0, -1)
         return (saved[rank] - gains[rank]) / N + spread
 
-    test = _evidence._Test([nll], N, beta=1.0, z=2.0)
+    test = _evidence._Test([nll], N, beta=1.0, z=2.0, agree=list, memo=_evidence.Memo(tensor))
     best = _evidence._best_rank(tensor, "r1", test, test.losses(), 3)
     assert best[:4] == pytest.approx((5, saved[5] - 300.0, saved[5] - 300.0 + margin, saved[5]), rel=1e-5)
     assert best.passes == passes
