@@ -17,7 +17,7 @@ from rankfall.nn import GRU, LSTM, Conv1d, Conv2d, Conv3d, Embedding, EmbeddingB
 
 # In eval mode, functions of their inputs and parameters and of nothing else.
 _LAYERS = (Linear, Embedding, EmbeddingBag, Conv1d, Conv2d, Conv3d, LSTM, GRU, MultiheadAttention)
-_MOST_BYTES = 2**29  # Inputs and outputs, of the first batches first: these are asked most often.
+_MOST_BYTES = 2**28  # Inputs and outputs, of the first batches first: these are asked most often.
 
 
 @dataclass(frozen=True)
