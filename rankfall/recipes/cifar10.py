@@ -100,10 +100,10 @@ def _convolution(width_in: int, width_out: int, stride: int = 1) -> list[nn.Modu
 
 
 def _vgg() -> nn.Module:
-    """Six convolutions and a hidden layer as in Courbariaux et al., arXiv 1511.00363, at a quarter of their width."""
+    """Six convolutions as in Courbariaux et al., arXiv 1511.00363, at an eighth of their width, and a hidden layer."""
     layers: list[nn.Module] = [_Normalised()]
     width_in, hidden = 3, 256
-    for width in (32, 64, 128):
+    for width in (16, 32, 64):
         layers += [*_convolution(width_in, width), nn.ReLU(), *_convolution(width, width), nn.ReLU(), nn.MaxPool2d(2)]
         width_in = width
     layers += [nn.Flatten(), nn.Linear(width_in * 16, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU()]
@@ -142,7 +142,7 @@ RECIPE = Recipe(
     "cifar10",
     _load,
     {
-        "vgg": Network(_vgg, epochs=30, batch_size=128, lr=1e-3, max_rank=32),
+        "vgg": Network(_vgg, epochs=20, batch_size=128, lr=1e-3, max_rank=24, kl_warmup=3),
         "resnet20": Network(_resnet20, epochs=40, batch_size=128, lr=1e-3, max_rank=16),
     },
 )
