@@ -4,6 +4,8 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -289,6 +291,14 @@ def _chain_rows(
     return rows[:, : layout.shape[1]]
 
 
+@cache
+def _has_kernels(device: torch.device) -> bool:
+    """Whether Triton is there, and takes the device: NVIDIA's from Volta on, and AMD's."""
+    return (
+        device.type == "cuda" and find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (7, 0)
+    )
+
+
 _TOGETHER, _MOST_TOGETHER = 4, 16
 _LARGE_SLICE = 512  # Entries of a matrix beyond which it pays to read it once for several rows.
 
@@ -298,8 +308,13 @@ def _times_own(
 ) -> Float[Tensor, "n p s"]:
     """left[k] @ matrices[which[k]]: those with the same matrix are multiplied together, a few at a time.
 
-    That makes one product of several small ones, and reads and adds to a matrix once for all of them.
+    That makes one product of several small ones, and reads and adds to a matrix once for all of them. On a GPU a kernel
+    reads each matrix where it stands.
     """
+    if _has_kernels(left.device) and not torch.compiler.is_compiling():
+        from rankfall._kernels import own_products  # noqa: PLC0415  Triton is loaded where it runs.
+
+        return own_products(left, matrices, which)
     count, p, q = left.shape
     each, size = count // len(matrices), q * matrices.shape[2]
     if each < 2 or size < _LARGE_SLICE or torch.compiler.is_compiling():

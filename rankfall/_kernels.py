@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton kernels for what torch has no call for: rows that are each multiplied by a matrix of their own choice.
+
+Imported only where they run, on a GPU with Triton. Gathering the matrices first, as torch.bmm needs, would write and
+read one for every row, where a few hundred of them stay in the cache; and their gradients would be added one by one.
+Sizes and ranks are arguments, so that a cut compiles nothing anew.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rankfall._einsum import rounded
+
+_TOGETHER = 32  # Rows with the same matrix whose gradients one program adds up.
+_LONGEST = 64  # Side of the tile that a program holds in registers.
+_TILE = 2048  # Entries of that tile.
+_ONE_WARP = 512  # Entries that a single warp is enough for.
+
+
+@triton.jit
+def product_kernel(
+    left,
+    matrices,
+    which,
+    out,
+    p,
+    q,
+    s,
+    left_n,
+    left_p,
+    left_q,
+    matrices_m,
+    matrices_q,
+    matrices_s,
+    SUM: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """out[n] = left[n] @ matrices[which[n]], one tile of one n; `out` is contiguous, the others have strides."""
+    n = tl.program_id(0).to(tl.int64)
+    rows = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    columns = tl.program_id(2) * BLOCK_S + tl.arange(0, BLOCK_S)
+    is_row, is_column = rows < p, columns < s
+    own = tl.load(which + n).to(tl.int64)
+    x_at = left + n * left_n + rows * left_p
+    y_at = matrices + own * matrices_m + columns * matrices_s
+    total = tl.zeros((BLOCK_P, BLOCK_S), SUM)
+    for k in range(q):
+        x = tl.load(x_at + k * left_q, mask=is_row, other=0.0).to(SUM)
+        y = tl.load(y_at + k * matrices_q, mask=is_column, other=0.0).to(SUM)
+        total += x[:, None] * y[None, :]
+    place = n * p * s + rows[:, None] * s + columns[None, :]
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
+
+
+@triton.jit
+def gradient_kernel(
+    left,
+    grad,
+    order,
+    starts,
+    counts,
+    out,
+    p,
+    q,
+    s,
+    left_n,
+    left_p,
+    left_q,
+    grad_n,
+    grad_p,
+    grad_s,
+    SUM: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """out[c] = the sum of left[n].T @ grad[n] over the n = order[starts[c] : starts[c] + counts[c]]; one tile of it."""
+    c = tl.program_id(0).to(tl.int64)
+    rows = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    columns = tl.program_id(2) * BLOCK_S + tl.arange(0, BLOCK_S)
+    is_row, is_column = rows < q, columns < s
+    start, count = tl.load(starts + c), tl.load(counts + c)
+    total = tl.zeros((BLOCK_Q, BLOCK_S), SUM)
+    for member in range(count):
+        n = tl.load(order + start + member).to(tl.int64)
+        x_at = left + n * left_n + rows * left_q
+        y_at = grad + n * grad_n + columns * grad_s
+        for k in range(p):
+            x = tl.load(x_at + k * left_p, mask=is_row, other=0.0).to(SUM)
+            y = tl.load(y_at + k * grad_p, mask=is_column, other=0.0).to(SUM)
+            total += x[:, None] * y[None, :]
+    place = c * q * s + rows[:, None] * s + columns[None, :]
+    tl.store(out + place, total, mask=is_row[:, None] & is_column[None, :])
+
+
+def own_products(
+    left: Float[Tensor, "n p q"], matrices: Float[Tensor, "m q s"], which: Int[Tensor, " n"]
+) -> Float[Tensor, "n p s"]:
+    """left[k] @ matrices[which[k]] for every k, with gradients; sums are of float32, or float64 for such numbers.
+
+    Inside torch.autocast numbers are read in its type, and the result has it, as that of torch.bmm has. No call waits
+    for the GPU.
+
+    Args:
+        left: May have any strides, as may `matrices`.
+        matrices: A few that many rows choose from.
+        which: From 0 up to but not including m; not checked.
+    """
+    kind = left.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        left, matrices = left.to(dtype), matrices.to(dtype)
+    return _OwnProducts.apply(left, matrices, which)  # pyright: ignore[reportReturnType]
+
+
+class _OwnProducts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, left: Tensor, matrices: Tensor, which: Tensor) -> Tensor:  # noqa: ANN401  torch's context
+        ctx.save_for_backward(left, matrices, which)
+        return _products(left, matrices, which)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # noqa: ANN401  # pyright: ignore
+        left, matrices, which = ctx.saved_tensors
+        needs_left, needs_matrices, _ = ctx.needs_input_grad
+        of_left = _products(grad, matrices.transpose(1, 2), which) if needs_left else None
+        of_matrices = _gradients(left, grad, which, len(matrices)).to(matrices.dtype) if needs_matrices else None
+        return of_left, of_matrices, None
+
+
+def _products(left: Tensor, matrices: Tensor, which: Tensor) -> Tensor:
+    (n, p, q), s = left.shape, matrices.shape[2]
+    out = left.new_empty(n, p, s)
+    if not out.numel():
+        return out
+    block_p, block_s = _tile(p, s)
+    grid = n, triton.cdiv(p, block_p), triton.cdiv(s, block_s)
+    product_kernel[grid](
+        left,
+        matrices,
+        which,
+        out,
+        p,
+        q,
+        s,
+        *left.stride(),
+        *matrices.stride(),
+        SUM=_sum_of(left),
+        BLOCK_P=block_p,
+        BLOCK_S=block_s,
+        num_warps=_warps(block_p * block_s),  # pyright: ignore[reportCallIssue]  Triton's own
+    )
+    return out
+
+
+def _gradients(left: Tensor, grad: Tensor, which: Tensor, groups: int) -> Tensor:
+    """The sum of left[k].T @ grad[k] over the k that chose each matrix, shape (groups, q, s)."""
+    (_, p, q), s = left.shape, grad.shape[2]
+    dtype = torch.float64 if left.dtype == torch.float64 else torch.float32
+    order, starts, counts, owners = _chunks(which, groups)
+    parts = left.new_empty(len(owners), q, s, dtype=dtype)
+    if parts.numel():
+        block_q, block_s = _tile(q, s)
+        grid = len(owners), triton.cdiv(q, block_q), triton.cdiv(s, block_s)
+        gradient_kernel[grid](
+            left,
+            grad,
+            order,
+            starts,
+            counts,
+            parts,
+            p,
+            q,
+            s,
+            *left.stride(),
+            *grad.stride(),
+            SUM=_sum_of(left),
+            BLOCK_Q=block_q,
+            BLOCK_S=block_s,
+            num_warps=_warps(block_q * block_s),  # pyright: ignore[reportCallIssue]
+        )
+    # The last group takes the chunks that there was no need of.
+    return parts.new_zeros(groups + 1, q, s).index_add_(0, owners, parts)[:groups]
+
+
+def _chunks(which: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The order of rows by their matrix, and chunks of it with one matrix each: (order, starts, counts, owners).
+
+    There are as many chunks as there may have to be, since how many are needed is known on the GPU alone; an empty one
+    has the owner `groups`.
+    """
+    ordered, order = which.sort(stable=True)
+    bounds = torch.searchsorted(ordered, torch.arange(groups + 1, device=which.device))
+    needed = torch.div(bounds.diff() + _TOGETHER - 1, _TOGETHER, rounding_mode="floor")
+    ends = needed.cumsum(0)
+    chunk = torch.arange(len(which) // _TOGETHER + groups, device=which.device)
+    owners = torch.searchsorted(ends, chunk, right=True)
+    of = owners.clamp(max=groups - 1)
+    starts = bounds[of] + (chunk - (ends - needed)[of]) * _TOGETHER
+    counts = (bounds[of + 1] - starts).clamp(0, _TOGETHER)
+    return order, starts, counts.where(owners < groups, 0), owners
+
+
+def _tile(rows: int, columns: int) -> tuple[int, int]:
+    """Sides of the part of a matrix that one program works out, powers of two."""
+    high = min(rounded(rows), _LONGEST)
+    return high, min(rounded(columns), _TILE // high)
+
+
+def _warps(entries: int) -> int:
+    return 1 if entries <= _ONE_WARP else 4
+
+
+def _sum_of(values: Tensor) -> Any:  # noqa: ANN401  a type of Triton's
+    return tl.float64 if values.dtype == torch.float64 else tl.float32

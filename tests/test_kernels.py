@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels: what they compute, by Triton's interpreter, and that they compile for the GPUs that there are."""
+
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+import rankfall as rf
+
+triton = pytest.importorskip("triton", reason="the kernels need Triton")
+
+
+def test_kernels_do_what_torch_does():
+    script = Path(__file__).with_name("interpreted_kernels.py")
+    run = subprocess.run(
+        [sys.executable, str(script)],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("fine") == 4
+
+
+@pytest.mark.parametrize(("numbers", "architecture"), [("fp32", 75), ("bf16", 80), ("fp64", 90)])
+@pytest.mark.parametrize("kernel", ["product_kernel", "gradient_kernel"])
+def test_kernels_compile_without_a_gpu(kernel, numbers, architecture, tmp_path, monkeypatch):
+    from triton.backends.compiler import GPUTarget  # noqa: PLC0415  Triton may be missing.
+    from triton.compiler import ASTSource  # noqa: PLC0415
+
+    from rankfall import _kernels  # noqa: PLC0415
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    function = getattr(_kernels, kernel)
+    sums = "fp64" if numbers == "fp64" else "fp32"
+    pointers = {"left": numbers, "matrices": numbers, "grad": numbers, "out": numbers}
+    pointers |= {"which": "i64", "order": "i64", "starts": "i64", "counts": "i64"}
+    if kernel == "gradient_kernel":
+        pointers["out"] = sums
+    constants = {"SUM": getattr(_kernels.tl, f"float{sums[2:]}"), "BLOCK_P": 4, "BLOCK_Q": 16, "BLOCK_S": 32}
+    constants = {name: value for name, value in constants.items() if name in function.arg_names}
+    signature = {name: f"*{pointers[name]}" if name in pointers else "i32" for name in function.arg_names}
+    signature |= dict.fromkeys(constants, "constexpr")
+    source = ASTSource(function, signature, {(function.arg_names.index(k),): v for k, v in constants.items()})
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32))
+    assert len(compiled.asm["cubin"])
+
+
+def test_chunks_hold_every_row_once_and_one_matrix_each():
+    from rankfall._kernels import _TOGETHER, _chunks  # noqa: PLC0415
+
+    torch.manual_seed(0)
+    for n, groups in ((0, 3), (1, 1), (5, 9), (32, 1), (33, 1), (500, 7), (1000, 3)):
+        which = torch.where(torch.rand(n) < 0.7, groups // 2, torch.randint(groups, (n,)))
+        order, starts, counts, owners = _chunks(which, groups)
+        assert counts.max() <= _TOGETHER
+        assert counts[owners == groups].sum() == 0
+        taken = [order[start : start + count] for start, count in zip(starts, counts, strict=True)]
+        assert sorted(torch.cat(taken).tolist()) == list(range(n))
+        assert all((which[rows] == owner).all() for rows, owner in zip(taken, owners, strict=True))
+        assert all(a <= b for a, b in pairwise(owners.tolist()))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_tables_on_a_gpu_are_those_of_a_cpu():
+    torch.manual_seed(0)
+    layer = rf.nn.Embedding(100_000, 128, format=rf.TTM(16, out_modes=(40, 50, 50), in_modes=(4, 4, 8))).eval()
+    twin = rf.nn.Embedding(100_000, 128, format=layer.weight.format).eval()
+    twin.load_state_dict(layer.state_dict())
+    ids, grad = torch.randint(100_000, (4096,)), torch.randn(4096, 128)
+    twin.cuda()
+    found, wanted = twin(ids.cuda()), layer(ids)
+    found.backward(grad.cuda())
+    wanted.backward(grad)
+    torch.testing.assert_close(found.cpu(), wanted, rtol=1e-4, atol=1e-5)
+    for one, other in zip(twin.parameters(), layer.parameters(), strict=True):
+        if other.grad is not None:
+            torch.testing.assert_close(one.grad.cpu(), other.grad, rtol=1e-3, atol=1e-4)
