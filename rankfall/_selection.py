@@ -24,6 +24,7 @@ _REST = 0.2  # The last part of a run, in which what is left settles.
 _HOPE = (
     2.0  # A cut is tried if it costs up to so many times what it saves: the slices that stay may take over the rest.
 )
+_EXAMPLES, _ONE_IN = 8192, 256  # Examples of a test, and the part of a large training set that they are.
 _PROMISE = 0.1  # What the rest of the run may still promise, as a part of what was learned, for a loss to be settled.
 
 
@@ -45,11 +46,12 @@ class Evidence:
 
     Example:
         >>> Evidence()
-        Evidence(examples=8192, z=2.0, max_cut=0.5, regrow=True)
+        Evidence(examples=None, z=2.0, max_cut=0.5, regrow=True)
 
     Args:
         examples: Training examples that a test is made on, held in memory during it. The more, the smaller the margin
-            for sampling error, and the smaller the model.
+            for sampling error, and the smaller the model. None takes 8,192, or one in 256 of a training set of more
+            than two million: the margin grows with the size of the set, and what a slice saves hardly does.
         z: As for `rf.select_ranks_`.
         max_cut: As for `rf.select_ranks_`.
         regrow: Whether slices are given back; without it no cut is tried either.
@@ -58,19 +60,28 @@ class Evidence:
         ValueError: If a number is out of range.
     """
 
-    examples: int = 8192
+    examples: int | None = None
     z: float = 2.0
     max_cut: float = 0.5
     regrow: bool = True
 
     def __post_init__(self) -> None:
-        if self.examples < 2:
+        if self.examples is not None and self.examples < 2:
             raise ValueError(f"Evidence: examples must be 2 or more, got {self.examples}. Pass a few thousand.")
         if not self.z >= 0 or not 0 < self.max_cut <= 1:
             raise ValueError(
                 f"Evidence: z must be 0 or more and max_cut above 0 and up to 1, got z={self.z} and "
                 f"max_cut={self.max_cut}."
             )
+
+    def count(self, num_data: int) -> int:
+        """How many examples a test is made on.
+
+        Example:
+            >>> Evidence().count(60_000), Evidence().count(45_000_000), Evidence(examples=500).count(60_000)
+            (8192, 175781, 500)
+        """
+        return max(_EXAMPLES, num_data // _ONE_IN) if self.examples is None else self.examples
 
 
 @dataclass(frozen=True)
@@ -226,7 +237,7 @@ def _ask_(
     cuts, misses = search_ranks_(
         model,
         optimizer,
-        batches=training.sample(policy.examples),
+        batches=training.sample(policy.count(training.num_data)),
         num_data=training.num_data,
         beta=training.beta,
         z=policy.z,

@@ -121,7 +121,7 @@ class TrainOptions:
         """Whether the size of the model is given, and not its tables' ranks."""
         return self.method in ("hashing", "quotient-remainder", "drop-table")
 
-    def make_selection(self, test_examples: int) -> Evidence | Shrinkage | None:
+    def make_selection(self, test_examples: int | None) -> Evidence | Shrinkage | None:
         """How ranks change."""
         return {"evidence": Evidence(test_examples), "shrinkage": Shrinkage(self.threshold)}.get(self.method)
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from torch import nn
 
 from rankfall._layout import Modes
-from rankfall._selection import Evidence
 from rankfall.recipes._data import Data
 from rankfall.recipes._options import MethodName
 
@@ -25,7 +24,7 @@ class Network:
         max_rank: Rank of every bond at the start. The KL of all entries is shared out over the data, so few data and
             high ranks make it drown the likelihood before anything is learned.
         kl_warmup: Epochs over which the weight of the KL rises from 0; None for a twentieth of the run.
-        test_examples: Training examples that the evidence test looks at.
+        test_examples: Training examples that the evidence test looks at; None as rf.Evidence has it.
         modes: The (out_modes, in_modes) of a layer by its path, as a TT-matrix takes them; others are chosen.
         ranks: The rank at the start of a layer by its path, where it is not `max_rank`.
         baselines: Methods that only this network has, by their names: each changes the network of a fixed rank, in
@@ -38,7 +37,7 @@ class Network:
     lr: float
     max_rank: int
     kl_warmup: int | None = None
-    test_examples: int = Evidence.examples
+    test_examples: int | None = None
     modes: Mapping[str, tuple[Modes, Modes]] = field(default_factory=dict)
     ranks: Mapping[str, int] = field(default_factory=dict)
     baselines: Mapping[MethodName, Callable[[nn.Module, int], object]] = field(default_factory=dict)

@@ -92,7 +92,7 @@ def of_sizes(network: Network, sizes: tuple[int, ...]) -> Network:
     return replace(network, make=partial(Recommender, sizes), modes=modes, ranks=ranks, baselines=baselines)
 
 
-_DLRM = Network(Recommender, epochs=16, batch_size=1024, lr=2e-3, max_rank=8, kl_warmup=2, test_examples=32_768)
+_DLRM = Network(Recommender, epochs=16, batch_size=1024, lr=2e-3, max_rank=8, kl_warmup=2)
 _TABLE_RANK = 3
 _SAVINGS: dict[MethodName, Saving] = {
     "drop-table": DROP_TABLE,
