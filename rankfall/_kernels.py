@@ -119,6 +119,23 @@ def own_products(
     return _OwnProducts.apply(left, matrices, which)  # pyright: ignore[reportReturnType]
 
 
+def try_on(device: torch.device) -> None:
+    """Holds the kernels against torch.bmm on a device, with small numbers that both of them have to get right.
+
+    Raises:
+        RuntimeError: If they differ; or what Triton raises where it cannot compile.
+    """
+    left = torch.arange(60.0, device=device).view(5, 3, 4) % 7
+    matrices = torch.arange(40.0, device=device).view(2, 4, 5) % 5
+    which = torch.tensor([0, 1, 1, 0, 1], device=device)
+    chosen = matrices[which]
+    wanted = torch.bmm(left, chosen)
+    gradient = matrices.new_zeros(2, 4, 5).index_add_(0, which, torch.bmm(left.mT, wanted))
+    found = _products(left, matrices, which)
+    if not (torch.equal(found, wanted) and torch.equal(_gradients(left, found, which, 2), gradient)):
+        raise RuntimeError("they give other numbers")
+
+
 class _OwnProducts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, left: Tensor, matrices: Tensor, which: Tensor) -> Tensor:  # noqa: ANN401  torch's context

@@ -2,6 +2,7 @@
 """Rows of a low-rank matrix: what an embedding computes; the table is formed only where that is cheaper."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -293,10 +294,18 @@ def _chain_rows(
 
 @cache
 def _has_kernels(device: torch.device) -> bool:
-    """Whether Triton is there, and takes the device: NVIDIA's from Volta on, and AMD's."""
-    return (
-        device.type == "cuda" and find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (7, 0)
-    )
+    """Whether Triton is there, and does on the device what torch.bmm does: NVIDIA's from Volta on, and AMD's."""
+    if device.type != "cuda" or find_spec("triton") is None or torch.cuda.get_device_capability(device) < (7, 0):
+        return False
+    from rankfall._kernels import try_on  # noqa: PLC0415  Triton is loaded where it runs.
+
+    try:
+        try_on(device)
+    except Exception as error:
+        message = f"Triton's kernels do not run on {device} ({error}), so rows of tables are read by torch.bmm."
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        return False
+    return True
 
 
 _TOGETHER, _MOST_TOGETHER = 4, 16

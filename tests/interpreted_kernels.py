@@ -3,6 +3,7 @@
 
 import sys
 
+import pytest
 import torch
 
 import rankfall as rf
@@ -60,6 +61,15 @@ def check_autocast():
         assert _kernels.own_products(left, matrices, torch.zeros(6, dtype=torch.int64)).dtype == torch.bfloat16
 
 
+def check_the_trial():
+    _kernels.try_on(torch.device("cpu"))
+    products = _kernels._products
+    _kernels._products = lambda *arguments: products(*arguments) + 1
+    with pytest.raises(RuntimeError, match="they give other numbers"):
+        _kernels.try_on(torch.device("cpu"))
+    _kernels._products = products
+
+
 def check_tables():
     _lookup._has_kernels = lambda _device: True
     calls, kernel = [], _kernels.own_products
@@ -83,6 +93,6 @@ def check_tables():
     assert len(calls) == 4
 
 
-for check in (check_products, check_a_single_gradient, check_autocast, check_tables):
+for check in (check_products, check_a_single_gradient, check_autocast, check_the_trial, check_tables):
     check()
     sys.stdout.write(f"{check.__name__}: fine\n")

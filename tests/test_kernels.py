@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import rankfall as rf
+from rankfall import _lookup
 
 triton = pytest.importorskip("triton", reason="the kernels need Triton")
 
@@ -25,7 +26,7 @@ def test_kernels_do_what_torch_does():
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.count("fine") == 4
+    assert run.stdout.count("fine") == 5
 
 
 @pytest.mark.parametrize(("numbers", "architecture"), [("fp32", 75), ("bf16", 80), ("fp64", 90)])
@@ -65,6 +66,16 @@ def test_chunks_hold_every_row_once_and_one_matrix_each():
         assert sorted(torch.cat(taken).tolist()) == list(range(n))
         assert all((which[rows] == owner).all() for rows, owner in zip(taken, owners, strict=True))
         assert all(a <= b for a, b in pairwise(owners.tolist()))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine whose GPU does not work")
+def test_a_gpu_on_which_kernels_do_not_run_is_served_by_torch(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
+    with pytest.warns(
+        RuntimeWarning, match=r"kernels do not run on cuda \(.+\), so rows of tables are read by torch.bmm"
+    ):
+        assert not _lookup._has_kernels.__wrapped__(torch.device("cuda"))
+    assert not _lookup._has_kernels(torch.device("cpu"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
