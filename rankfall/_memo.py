@@ -58,13 +58,16 @@ class Memo:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Layers remember and repeat inside; outside nothing is left of it."""
+        own = {layer: vars(layer).get("forward") for layer in self._layers}  # As Accelerate gives to a whole model.
         for layer in self._layers:
             layer.forward = partial(self._forward, layer, layer.forward)
         try:
             yield
         finally:
-            for layer in self._layers:
+            for layer, forward in own.items():
                 del layer.forward
+                if forward is not None:
+                    layer.forward = forward
             self._entries.clear()
 
     @contextmanager

@@ -161,6 +161,17 @@ def test_an_error_leaves_the_layers_as_they_were():
     assert all("forward" not in vars(module) for module in model.modules())
 
 
+def test_a_forward_of_its_own_is_kept():
+    layer = rf.nn.Linear(12, 16, format=rf.TT(2)).eval()
+    original = layer.forward
+    layer.forward = lambda x: original(x) + 1
+    given, x = layer.forward, torch.randn(5, 12)
+    memo = Memo(layer)
+    with memo.watching(), torch.no_grad():
+        assert torch.equal(layer(x), original(x) + 1)
+    assert layer.forward is given
+
+
 def test_compiled_models_are_left_alone():
     model = network()
     assert Memo(model)._layers
