@@ -93,6 +93,7 @@ def check_tables():
     assert len(calls) == 4
 
 
-for check in (check_products, check_a_single_gradient, check_autocast, check_the_trial, check_tables):
-    check()
-    sys.stdout.write(f"{check.__name__}: fine\n")
+if __name__ == "__main__":
+    for check in (check_products, check_a_single_gradient, check_autocast, check_the_trial, check_tables):
+        check()
+        sys.stdout.write(f"{check.__name__}: fine\n")
