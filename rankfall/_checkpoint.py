@@ -76,7 +76,9 @@ def load(path: Path | str, model: nn.Module | None = None) -> Any:  # noqa: ANN4
     """Reads a file that `save` wrote: into a model, or as a state_dict.
 
     A model that is still dense is tensorized as the file says; one with low-rank layers takes the file's ranks and
-    keeps its own prior. Values are cast to the model's types. Make the optimizer afterwards, or load its state too.
+    keeps its own prior. Values are cast to the model's types. Dense weights that become low-rank may stand on torch's
+    meta device, as tables do that fit nowhere; their factors are made on the CPU. Make the optimizer afterwards, or
+    load its state too.
 
     Args:
         path: The file.
@@ -88,23 +90,35 @@ def load(path: Path | str, model: nn.Module | None = None) -> Any:  # noqa: ANN4
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is damaged, not from `save`, or of another architecture; the model is then as it was.
+        ValueError: If the file is damaged, not from `save`, or of another architecture, or the model has anything else
+            on the meta device; the model is then as it was.
     """
     state, layers = _read(Path(path))
     if model is None:
         return state
     here = {name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, LowRankTensor)}
-    specs = {name: _to_spec(layer) for name, layer in layers.items() if name not in here}
+    dense = dict(model.named_parameters(remove_duplicate=False))
+    specs = {name: _to_spec(layer, dense.get(name)) for name, layer in layers.items() if name not in here}
     replacements = build_replacements(model, specs)
     replaced = {id(replacements[id(m)]): m for m in model.modules() if id(m) in replacements}
     model = swap_(model, replacements)
     try:
         check_state(model, state, path)
+        _check_real(model)
     except ValueError:
         swap_(model, replaced)
         raise
     model.load_state_dict(state)
     return model
+
+
+def _check_real(model: nn.Module) -> None:
+    empty = next((name for name, value in model.state_dict().items() if value.is_meta), None)
+    if empty is not None:
+        raise ValueError(
+            f"{empty} is on the meta device, where no value can be loaded to. Make the model on a real device, or call "
+            "its to_empty(device=...) first."
+        )
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -134,5 +148,6 @@ def _from_json(notes: Mapping[str, Any]) -> Any:  # noqa: ANN401  one of _KINDS
     return _KINDS[fields.pop("kind")](**fields)
 
 
-def _to_spec(notes: Mapping[str, Any]) -> Spec:
-    return Spec(*(_from_json(notes[part]) for part in ("format", "prior", "posterior")))
+def _to_spec(notes: Mapping[str, Any], dense: Tensor | None) -> Spec:
+    device = "cpu" if dense is not None and dense.is_meta else None
+    return Spec(*(_from_json(notes[part]) for part in ("format", "prior", "posterior")), device=device)

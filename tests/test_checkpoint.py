@@ -55,6 +55,27 @@ def test_a_dense_model_takes_format_prior_and_posterior_of_the_file(tmp_path):
     assert (weight.format, weight.prior, weight.posterior) == (format, rf.LogUniform(), rf.MeanField(0.2))
 
 
+def test_a_table_that_fits_nowhere_loads_from_the_meta_device(tmp_path):
+    def made(device):
+        return nn.Sequential(nn.Embedding(10_000, 12, device=device), nn.Linear(12, 3))
+
+    model = rf.tensorize_(made("meta"), rf.TTM(2), device="cpu")
+    rf.save(model, tmp_path / "m")
+    loaded = rf.load(tmp_path / "m", made("meta"))
+    assert_same_bits(state_of(loaded), state_of(model))
+    ids = torch.randint(10_000, (5,))
+    assert torch.equal(loaded.eval()(ids), model.eval()(ids))
+
+
+def test_what_else_is_on_the_meta_device_is_refused_and_the_model_stays(tmp_path):
+    rf.save(rf.tensorize_(dense_model(), rf.TTM(2)), tmp_path / "m")
+    model = dense_model().to("meta")
+    before = list(model)
+    with pytest.raises(ValueError, match=r"^0\.bias is on the meta device, where no value can be loaded to\. Make the"):
+        rf.load(tmp_path / "m", model)
+    assert list(model) == before
+
+
 def test_without_a_model_it_is_a_state_dict(kind, tmp_path):
     model = trained(kind)
     rf.save(model, tmp_path / "m")
