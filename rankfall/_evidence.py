@@ -283,7 +283,7 @@ def _cut_rows(tensor: LowRankTensor, name: str, test: _Test, base: Losses) -> Ra
 
     Few sizes are tried: what a single row says is lost in sampling error, what a thousand of them say is not.
     """
-    rows, each = tensor.rows, tensor.layout.leading_rows
+    rows, each = tensor.rows, tensor.leading_rows
     sizes = {max(math.ceil(part * rows / each), 1) * each for part in _ROWS_LEFT}
     sizes = sorted((size for size in sizes if size < rows), reverse=True)
     if not tensor.may_lose_rows or 0 in tensor.ranks.values() or not sizes:

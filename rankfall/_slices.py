@@ -26,6 +26,7 @@ class Sliced(nn.Module):
     log_stds: nn.ParameterList
     is_table: bool
     keeps_all_rows: bool
+    _leading: tuple[int, int]
 
     @property
     def layout(self) -> Layout:
@@ -36,6 +37,11 @@ class Sliced(nn.Module):
     def rows(self) -> int:
         """How many rows of the first axis are left; all that come after are zeros."""
         return self.layout.shape[0]
+
+    @property
+    def leading_rows(self) -> int:
+        """How many rows have the same leading digit, and go together; also when only one such digit is left."""
+        raise NotImplementedError
 
     @property
     def may_lose_rows(self) -> bool:
@@ -95,8 +101,8 @@ class Sliced(nn.Module):
             raise ValueError("a layer of this table has padding behind the first row, which would go with the rows.")
         if not 1 <= rows <= self.rows:
             raise ValueError(f"rows must be from 1 to the {self.rows} that are left, got {rows}.")
-        factor, dim = self.layout.leading
-        index = torch.arange(-(-rows // self.layout.leading_rows), device=self.factors[factor].device)
+        factor, dim = self._leading
+        index = torch.arange(-(-rows // self.leading_rows), device=self.factors[factor].device)
         for parameters in (self.factors, self.log_stds) if len(self.log_stds) else (self.factors,):
             keep_(parameters[factor], dim, index, optimizer)
         assert self.rows >= rows, "the layout is today's before anything is compiled"

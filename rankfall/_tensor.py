@@ -142,6 +142,11 @@ class LowRankTensor(Sliced):
             self._left = digits, self._whole if digits == self._digits else cut_to(self._whole, digits)
         return self._left[1]
 
+    @property
+    def leading_rows(self) -> int:
+        """How many rows have the same leading digit, and go together; also when only one such digit is left."""
+        return self._whole.leading_rows
+
     def dense(self) -> Float[Tensor, "*shape"]:
         """The tensor at the posterior mean; exact, since every format is linear in each of its factors."""
         return self._filled_up(_contract.dense(self.layout, list(self.factors)), 0)

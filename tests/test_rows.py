@@ -13,6 +13,7 @@ from torch import nn
 
 import rankfall as rf
 from laws import close, make, naive_padded
+from rankfall import _evidence
 from test_embedding import gradients_match, layer_around
 
 SHAPES = [(30, 8), (97, 6), (250, 12)]
@@ -34,7 +35,7 @@ def naive_table(t, factors):
 def test_the_first_rows_stay_and_the_others_are_zeros(kind, shape, posterior):
     layer = layer_around(make(kind(3), shape, posterior=posterior))
     t, before = layer.weight, layer.weight.dense()
-    each, count = t.layout.leading_rows, sum(p.numel() for p in t.parameters())
+    each, count = t.leading_rows, sum(p.numel() for p in t.parameters())
     t.keep_rows_(shape[0] // 2)
     assert shape[0] // 2 <= t.rows < shape[0] // 2 + each
     assert t.shape == shape == tuple(t.dense().shape)
@@ -46,6 +47,22 @@ def test_the_first_rows_stay_and_the_others_are_zeros(kind, shape, posterior):
     bias = torch.randn(shape[0], dtype=torch.float64)
     close(t.linear(torch.zeros(2, shape[1], dtype=torch.float64), bias), bias.expand(2, -1))
     assert (t.train().sample()[t.rows :] == 0).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rows_of_one_leading_digit_stay_together(kind, shape):
+    """With a single leading digit left, the next digit is not taken for it."""
+    layer = layer_around(make(kind(3), shape))
+    t = layer.eval().weight
+    each = t.leading_rows
+    t.keep_rows_(1)
+    assert t.rows == each == t.leading_rows
+    t.keep_rows_(max(each // 2, 1))
+    assert t.rows == each
+    close(t.dense(), naive_table(t, t.factors))
+    ids = torch.randint(shape[0], (50,))
+    close(layer(ids), t.dense()[ids])
+    assert _evidence._cut_rows(t, "", None, None) is None
 
 
 @pytest.mark.parametrize("padding_idx", [None, 0])
