@@ -68,7 +68,8 @@ class Memo:
                 del layer.forward
                 if forward is not None:
                     layer.forward = forward
-            self._entries.clear()
+            for slot in list(self._entries):
+                self._drop(slot)
 
     @contextmanager
     def filling(self) -> Iterator[None]:
@@ -81,7 +82,7 @@ class Memo:
 
     @contextmanager
     def changing(self, tensor: LowRankTensor) -> Iterator[None]:
-        """Layers that a tensor is a weight of are run inside, whatever they gave; that stays true afterwards."""
+        """Inside, layers that a tensor is a weight of are run; what they gave before holds again after it."""
         self._changing = {layer for layer in self._layers if tensor in layer.modules()}
         try:
             yield
@@ -91,7 +92,7 @@ class Memo:
     def forget(self, tensor: LowRankTensor) -> None:
         """Layers that a tensor is a weight of give something else from now on."""
         for slot in [slot for slot in self._entries if tensor in slot[0].modules()]:
-            self._free += self._entries.pop(slot).bytes
+            self._drop(slot)
 
     def _run(self, index: int, batch: Callable[[], Tensor]) -> Tensor:
         self._batch = index
@@ -115,10 +116,13 @@ class Memo:
 
     def _keep(self, slot: tuple[nn.Module, int, int], entry: _Entry) -> None:
         if slot in self._entries:
-            self._free += self._entries.pop(slot).bytes
+            self._drop(slot)
         if entry.bytes <= self._free:
             self._entries[slot] = entry
             self._free -= entry.bytes
+
+    def _drop(self, slot: tuple[nn.Module, int, int]) -> None:
+        self._free += self._entries.pop(slot).bytes
 
 
 def _same(one: Any, other: Any) -> bool:  # noqa: ANN401  anything that a layer takes
