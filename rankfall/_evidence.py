@@ -1,90 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
 """The evidence test: slices go when the bound on the evidence rises without them, beyond sampling error."""
 
-import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache, partial
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rankfall._cuts import Criterion, RankChange, apply_cuts_, price_of, select
 from rankfall._elbo import check_weights
-from rankfall._formats import CP, TR
-from rankfall._losses import Agree, Batches, Losses, Verdict, weigh
+from rankfall._losses import Agree, Batches, Losses
 from rankfall._memo import Memo
 from rankfall._statistics import evaluating
 from rankfall._tensor import LowRankTensor
 from rankfall._walk import finite_tensors, layer_path, low_rank_tensors
 
-_ROWS = "rows"
-_ROWS_LEFT = (3 / 4, 1 / 2, 1 / 4, 1 / 8, 1 / 16)  # Parts of a table that are weighed, as far as less is better.
-
 PerExampleNLL = Callable[[], Tensor]
-
-
-@dataclass(frozen=True)
-class RankChange:
-    """One bond that the evidence test made smaller, or the rows of a table.
-
-    Attributes:
-        name: Path of the layer.
-        bond: Name of the bond; "rows" for the rows of a table.
-        before: Rank before, or rows.
-        after: Rank after, or rows; rank 0 if the weight carries nothing that pays for itself.
-        nll_cost: What the data loses by it, over all of `num_data`, in nats: the upper bound that was tested.
-        saved: What the prior side gains by it, in nats, times beta.
-    """
-
-    name: str
-    bond: str
-    before: int
-    after: int
-    nll_cost: float
-    saved: float
-
-
-@dataclass(frozen=True)
-class _Test:
-    """The criterion N (mean(d) + z std(d) / sqrt(n)) < beta * saved, d paired per example."""
-
-    batches: Batches
-    num_data: int
-    beta: float
-    z: float
-    agree: Agree
-    memo: Memo
-
-    def saved(self, before: float, tensor: LowRankTensor) -> float:
-        """What the prior side gains by a tensor as it is, against what it charged before."""
-        (value,) = self.agree([self.beta * (before - _worth(tensor, self.num_data))])
-        return value
-
-    def weigh(self, one: Losses, other: Losses, saved: float, z: float = 0.0) -> Verdict:
-        """Whether the data lose less by `one` against `other` than is saved."""
-        return weigh(one, other, self.num_data, saved, z, self.agree)
-
-    def losses(self) -> Losses:
-        """Those of the model as it is."""
-        return Losses(self.batches, self.memo.filling)
-
-    def checked_losses(self) -> Losses:
-        """Those of the model as it is, of all examples, so that a refusal comes before any change."""
-        losses = Losses([lambda batch=batch: _checked(batch()) for batch in self.batches], self.memo.filling)
-        losses.first(sys.maxsize)
-        if losses.count < 2:
-            raise ValueError(_NOT_PER_EXAMPLE.format(f"shape ({losses.count},)"))
-        return losses
-
 
 _NOT_PER_EXAMPLE = (
     "nll must return the negative log likelihood of each example of one fixed batch, shape (n,) with n of 2 or more, "
     "got {}. Pass reduction='none' to torch's losses."
 )
+
+
+def _checked_losses(criterion: Criterion) -> Losses:
+    """The losses of the model as it is, of all examples, so that a refusal comes before any change."""
+    batches = [lambda batch=batch: _checked(batch()) for batch in criterion.batches]
+    losses = Losses(batches, criterion.memo.filling)
+    losses.first(sys.maxsize)
+    if losses.count < 2:
+        raise ValueError(_NOT_PER_EXAMPLE.format(f"shape ({losses.count},)"))
+    return losses
 
 
 def _checked(values: object) -> Tensor:
@@ -109,20 +56,25 @@ def select_ranks_(
     """Removes the slices without which the evidence lower bound is higher, in place: no threshold, no rank to pick.
 
     The slices of each low-rank tensor are made orthogonal and sorted, then its bonds are tried in turn. The weakest
-    slices S of a bond go if
+    slices S of a bond, a part p of it, go if
 
-        num_data * ( mean(d) + z * std(d) / sqrt(n) )  <  beta * saved(S),   d_i = nll_i(without S) - nll_i(with S)
+        num_data * ( mean(d) + z * std(d) * sqrt(1/n - 1/num_data) )  <  beta * saved(S) + p
 
-    where saved(S) is the fall of the KL of entries with rf.MeanField, and 1/2 log(num_data) per removed parameter
-    (Laplace) with rf.Point. A bond goes to the rank at which saved(S) - num_data * mean(d) is largest, if that passes;
-    it is found by bisection in at most about 2 log2 of the rank evaluations of `nll`. For CP and the ring, whose slices
-    overlap, the candidate is the best tensor of the smaller rank (least squares on Gram matrices; the weight is never
-    formed). All cuts of a tensor together have to pay for what turning its slices costs the KL. A tensor that loses
-    nothing stays as it was, bit for bit.
+    with d_i = nll_i(without S) - nll_i(with S), and saved(S) the fall of the KL of entries with rf.MeanField, or
+    1/2 log(num_data) per removed parameter (Laplace) with rf.Point. The n examples are drawn from the training set, so
+    nothing is uncertain once all of it is asked. A whole bond has to be worth a nat, less than which is "not worth more
+    than a bare mention" (Kass, Raftery 1995): slices that have come to rest at the prior cost nothing and tell nothing,
+    and would otherwise stay or go by chance.
 
-    Of the tables of rf.nn.Embedding and EmbeddingBag the last rows are tried as well, by the same criterion, in steps
-    of the leading digit: of ids that are numbered by frequency the rarest go, about which the data say too little to
-    pay for numbers of their own. They read as zeros from then on.
+    A bond goes to the rank at which saved(S) - num_data * mean(d) is largest, if that passes; it is found by bisection
+    in at most about 2 log2 of the rank evaluations of `nll`. For CP and the ring, whose slices overlap, the candidate is
+    the best tensor of the smaller rank (least squares on Gram matrices; the weight is never formed). All cuts of a
+    tensor together have to pay for what turning its slices costs the KL; where they cannot, they are tried on the slices
+    as they lie. A tensor that loses nothing stays as it was, bit for bit.
+
+    Of the tables of rf.nn.Embedding and EmbeddingBag that keep their slices the last rows are tried, by the same
+    criterion, in steps of the leading digit: of ids that are numbered by frequency the rarest go, about which the data
+    say too little to pay for numbers of their own. They read as zeros from then on.
 
     Call it between steps, once the training loss has settled: a model that has not learned yet is cut too far.
 
@@ -145,7 +97,7 @@ def select_ranks_(
         model: Any module; only low-rank tensors inside it change.
         optimizer: The optimizer that owns the factors, if there is one.
         nll: Called without arguments, in eval mode and without gradients; returns the negative log likelihood of each
-            example of one fixed batch in nats, shape (n,). A few thousand examples are enough.
+            example of one fixed batch of the training set in nats, shape (n,). A few thousand examples are enough.
         num_data: Size of the training set.
         beta: Weight of the KL, as in training.
         z: How many standard errors the loss of likelihood is taken to be worse than measured. Raise it to cut less.
@@ -185,26 +137,27 @@ def search_ranks_(
         raise ValueError(f"z must be 0 or more and max_cut above 0 and up to 1, got z={z} and max_cut={max_cut}.")
     tensors = finite_tensors(model, "select ranks of")
     memo = Memo(model)
-    test = _Test(memo.over(batches), num_data, beta, z, agree, memo)
+    criterion = Criterion(memo.over(batches), num_data, beta, z, agree, memo)
     changes: list[RankChange] = []
     misses: list[RankChange] = []
     with torch.no_grad(), evaluating(model), memo.watching():
-        base = test.checked_losses()
+        base = _checked_losses(criterion)
         for path, tensor in tensors:
             with memo.changing(tensor):
-                found, missed, base = _select(tensor, layer_path(path), test, base, max_cut)
-            if found:
-                _apply(tensor, found, optimizer)
+                cuts = select(tensor, layer_path(path), criterion, base, max_cut)
+            if cuts.found:
+                apply_cuts_(tensor, cuts.found, optimizer, moved=cuts.moved)
                 memo.forget(tensor)
-            changes += found
-            misses += missed
+            changes += cuts.found
+            misses += cuts.missed
+            base = cuts.losses
     return changes, misses
 
 
 def apply_(model: nn.Module, optimizer: Optimizer, change: RankChange) -> None:
     """Carries out a change that `search_ranks_` has found."""
     with torch.no_grad():
-        _apply(_tensor_of(model, change), [change], optimizer)
+        apply_cuts_(_tensor_of(model, change), [change], optimizer, moved=True)
 
 
 def undo_(model: nn.Module, optimizer: Optimizer, change: RankChange) -> None:
@@ -219,163 +172,4 @@ def _tensor_of(model: nn.Module, change: RankChange) -> LowRankTensor:
 def prior_side(model: nn.Module, num_data: int, beta: float) -> float:
     """What all low-rank tensors cost apart from the data, in nats: their side of the evidence test."""
     with torch.no_grad():
-        return sum(beta * _worth(tensor, num_data) for _, tensor in low_rank_tensors(model))
-
-
-@contextmanager
-def _trying(tensor: LowRankTensor) -> Iterator[None]:
-    """Whatever happens to data and gradients inside is undone, bit for bit."""
-    parameters = list(tensor.parameters())
-    before = [(p.data, p.grad) for p in parameters]
-    for p in parameters:
-        p.data = p.data.clone()
-    try:
-        yield
-    finally:
-        for p, (data, grad) in zip(parameters, before, strict=True):
-            p.grad = None
-            p.data = data
-            p.grad = grad
-
-
-@contextmanager
-def _holding(tensor: LowRankTensor, data: Sequence[Tensor]) -> Iterator[None]:
-    """The tensor with other numbers, for a while."""
-    with _trying(tensor):
-        for p, values in zip(tensor.parameters(), data, strict=True):
-            p.grad = None
-            p.data = values
-        yield
-
-
-def _select(
-    tensor: LowRankTensor, name: str, test: _Test, base: Losses, max_cut: float
-) -> tuple[list[RankChange], list[RankChange], Losses]:
-    """(cuts that pass, the others at their expected cost, losses with the cuts made)."""
-    found: list[RankChange] = []
-    missed: list[RankChange] = []
-    before, uncut = _worth(tensor, test.num_data), base
-    with _trying(tensor):
-        tensor.align_()
-        for bond, rank in tensor.ranks.items():
-            if rank == 0:
-                continue
-            best = _best_rank(tensor, bond, test, base, rank - max(1, math.floor(rank * max_cut)))
-            if best.passes:
-                found.append(RankChange(name, bond, rank, best.rank, best.bound, best.saved))
-                _reduce(tensor, bond, best.rank, None)
-                base = test.losses()
-            else:
-                missed.append(RankChange(name, bond, rank, best.rank, best.cost, best.saved))
-        if (cut := _cut_rows(tensor, name, test, base)) is not None:
-            found.append(cut)
-            _reduce(tensor, _ROWS, cut.after, None)
-            base = test.losses()
-        # Turning the slices has its price, since correlations of the posterior are dropped; cuts have to bear it too.
-        saved = test.saved(before, tensor)
-    if saved > sum(change.nll_cost for change in found):
-        return found, missed, base
-    return [], missed, uncut
-
-
-def _cut_rows(tensor: LowRankTensor, name: str, test: _Test, base: Losses) -> RankChange | None:
-    """The cut of a table's last rows for which saved - cost is expected to be largest, if it passes.
-
-    Few sizes are tried: what a single row says is lost in sampling error, what a thousand of them say is not.
-    """
-    rows, each = tensor.rows, tensor.leading_rows
-    sizes = {max(math.ceil(part * rows / each), 1) * each for part in _ROWS_LEFT}
-    sizes = sorted((size for size in sizes if size < rows), reverse=True)
-    if not tensor.may_lose_rows or 0 in tensor.ranks.values() or not sizes:
-        return None
-    at = _candidates(tensor, _ROWS, test)
-    best, *others = map(at, sizes)
-    for further in others:
-        if not test.weigh(further.losses, best.losses, further.saved - best.saved).is_less:
-            break
-        best = further
-    verdict = test.weigh(best.losses, base, best.saved, test.z)
-    return RankChange(name, _ROWS, rows, best.rank, verdict.bound, best.saved) if verdict.is_less else None
-
-
-class _Weighed(NamedTuple):
-    rank: int
-    cost: float
-    bound: float
-    saved: float
-    passes: bool
-
-
-class _Candidate(NamedTuple):
-    rank: int
-    saved: float
-    losses: Losses
-
-
-def _best_rank(tensor: LowRankTensor, bond: str, test: _Test, base: Losses, least: int) -> _Weighed:
-    """The rank, from `least` to one below the present, at which saved - cost is expected to be largest, by bisection.
-
-    The smallest rank that passes would be too small: a slice that is worth keeping could go on the account of
-    worthless ones that go with it.
-    """
-    at, single = _candidates(tensor, bond, test), tensor.ranks[bond] - 1
-
-    def gains_more(one: _Candidate, losses: Losses, saved: float) -> bool:
-        return test.weigh(one.losses, losses, one.saved - saved).is_less
-
-    low, high = least, single
-    # Most bonds lose nothing, so a single slice is tried first; bisection follows only if that pays.
-    if not gains_more(at(single), base, 0.0):
-        low = single
-    while low < high:
-        middle = (low + high) // 2
-        if gains_more(at(middle), at(middle + 1).losses, at(middle + 1).saved):
-            high = middle
-        else:
-            low = middle + 1
-    best = at(high)
-    verdict = test.weigh(best.losses, base, best.saved, test.z)
-    return _Weighed(best.rank, verdict.expected, verdict.bound, best.saved, verdict.is_less)
-
-
-def _candidates(tensor: LowRankTensor, bond: str, test: _Test) -> Callable[[int], _Candidate]:
-    """Each rank of a bond, or number of rows, with what it saves and costs."""
-    worth = _worth(tensor, test.num_data)
-
-    @cache
-    def at(size: int) -> _Candidate:
-        with _trying(tensor):
-            _reduce(tensor, bond, size, None)
-            saved = test.saved(worth, tensor)
-            held = partial(_holding, tensor, [p.data for p in tensor.parameters()])
-        return _Candidate(size, saved, Losses(test.batches, held))
-
-    return at
-
-
-def _worth(tensor: LowRankTensor, num_data: int) -> float:
-    """What the prior side charges for a tensor, in nats."""
-    if len(tensor.log_stds):
-        return tensor.entry_kl()
-    return 0.5 * math.log(num_data) * sum(f.numel() for f in tensor.factors)
-
-
-def _reduce(tensor: LowRankTensor, bond: str, rank: int, optimizer: Optimizer | None) -> None:
-    """The tensor with a bond of a smaller rank: its strongest slices, refitted to the whole where they may overlap.
-
-    Of the rows of a table the first ones stay.
-    """
-    if bond == _ROWS:
-        tensor.keep_rows_(min(rank, tensor.rows), optimizer)
-        return
-    strongest = tensor.strengths(bond).argsort(descending=True, stable=True)[:rank].sort().values
-    if isinstance(tensor.format, CP | TR) and rank and all(tensor.ranks.values()):
-        tensor.refit_(bond, strongest, optimizer)
-    else:
-        tensor.keep_slices_(bond, strongest, optimizer)
-
-
-def _apply(tensor: LowRankTensor, found: list[RankChange], optimizer: Optimizer | None) -> None:
-    tensor.align_(optimizer)
-    for change in found:
-        _reduce(tensor, change.bond, change.after, optimizer)
+        return sum(beta * price_of(tensor, num_data) for _, tensor in low_rank_tensors(model))

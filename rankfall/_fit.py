@@ -110,8 +110,8 @@ def fit(  # noqa: PLR0913  one call with defaults is what a reference loop is fo
     Returns:
         One record per epoch: epoch, loss, nll (mean, nats) and its standard error nll_error, kl (nats), lr, parameters,
         compression, ranks, rows (of each table, those left), seconds. With a selection also selection_seconds, the part
-        that it took, and with rf.Evidence the selection made ("wait", "cut", "kept", "try", "undo", "grow") and its
-        cuts, as rf.RankChange has them.
+        that it took, and with rf.Evidence the selection made ("wait", "cut", "kept", "try", "undo", "grow"), its cuts,
+        as rf.RankChange has them, and before it the price of the weights in the test (nats per datum).
 
     Raises:
         ValueError: If an argument is out of range, `nll` returns another shape, the loss stops being finite, the

@@ -5,6 +5,11 @@ Any invertible X may stand on a bond with X^-1 beside it. The likelihood does no
 point of that orbit is found here in closed form for the rotation (singular value decompositions of the tensor's own
 unfoldings) and, where the KL is bounded below, by a small smooth minimisation for the scale of each slice. All in
 float64.
+
+What the KL sees of a slice is its energy, mean^2 + std^2 of its entries. So with standard deviations the unfoldings are
+decomposed in two ways, by their means and by their second moments, E[A^T A] = mean^T mean + diag(sum of variances), and
+the cheaper form is taken. Where slices are known well the two agree. Where they are mostly noise, to make their means
+orthogonal is to stretch their noise, and the second moments leave them alone.
 """
 
 import math
@@ -15,16 +20,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankfall._divergence import Factors, kl_of_factors
+from rankfall._divergence import Factors, kl_of_factors, second_moments
 from rankfall._formats import CP, TR, Format, Tucker
 from rankfall._layout import Layout
 from rankfall._priors import Prior
 
 # Singular values under this fraction of the largest are rounding errors of float64: the slice carries nothing.
 _DEAD = 1e-14
-# Under this fraction of the largest a singular value no longer stretches variances further.
+# Under this fraction of the largest a singular value of the means no longer stretches variances further.
 _STRETCH = 1e-6
 _RING_SWEEPS, _RING_SETTLED = 50, 1e-8
+_TURNS = 3
 # Scales stay within this many e-folds of an even split: a slice of tiny entries beside huge ones would be the cheapest
 # place for a dead one, and the next step of an optimizer there would be an explosion.
 _SCALE_STEPS, _SCALE_BOUND = 60, 2.0
@@ -59,46 +65,57 @@ def canonical(
     Returns:
         Factors of the same shapes, in float64; None if none with a lower KL were found.
     """
-    start = _gauge(layout, means, log_stds)
-    before = _kl(start, prior)
-    found = [] if isinstance(format, CP) else [_rotated(start, format)]
+    best, now = None, _gauge(layout, means, log_stds)
+    lowest = _kl(now, prior)
+    # A turn drops correlations of the variances, so that with them a second one still finds something.
+    for _ in range(_TURNS if now.variances else 1):
+        now = _lowered(now, format, prior)
+        if _kl(now, prior) >= lowest:
+            break
+        best, lowest = now, _kl(now, prior)
+    return best
+
+
+def _lowered(start: Gauge, format: Format, prior: Prior) -> Gauge:
+    """The better one of the factors turned and the factors as they lie, scales included."""
+    found = _rotations(start, format)
     # Without variances the KL falls without end as a slice's scale moves from the factor that its bond governs to the
     # next one, so the even split of the rotation stays. CP is safe: its bond governs all factors.
     if start.variances or isinstance(format, CP):
         found = [_balanced(_equalised(gauge), prior) for gauge in (*found, start)]
     # The fixed prior of a core sees its size, so with variances sizes stay where the KL has put them.
-    if layout.core is None or not start.variances:
+    if start.layout.core is None or not start.variances:
         found = [_equalised(gauge) for gauge in found]
-    best = min(found, key=lambda gauge: _kl(gauge, prior))
-    return best if _kl(best, prior) < before else None
+    return min(found, key=lambda gauge: _kl(gauge, prior))
 
 
-def aligned(layout: Layout, format: Format, means: Sequence[Tensor], log_stds: Sequence[Tensor]) -> Gauge:
-    """The rotation of `canonical` alone, whatever it does to the KL: slices orthogonal and sorted, factors of one size.
+def aligned(layout: Layout, format: Format, prior: Prior, means: Sequence[Tensor], log_stds: Sequence[Tensor]) -> Gauge:
+    """The rotation of `canonical`, whatever it does to the KL: slices orthogonal and sorted, factors of one size.
 
     A slice that is spread over all others cannot be removed. This is the form in which removals are tried.
     """
     start = _gauge(layout, means, log_stds)
-    return _equalised(start if isinstance(format, CP) else _rotated(start, format))
+    turned = [_equalised(gauge) for gauge in _rotations(start, format) or [start]]
+    if start.variances:
+        turned = [_equalised(_balanced(gauge, prior)) for gauge in turned]
+    return min(turned, key=lambda gauge: _kl(gauge, prior))
 
 
 def _gauge(layout: Layout, means: Sequence[Tensor], log_stds: Sequence[Tensor]) -> Gauge:
     return Gauge(layout, [m.double() for m in means], [(2 * s.double()).exp() for s in log_stds])
 
 
-def _rotated(start: Gauge, format: Format) -> Gauge:
-    gauge = Gauge(start.layout, list(start.means), list(start.variances))
-    _rotate(gauge, format)
-    return gauge
-
-
-def _rotate(gauge: Gauge, format: Format) -> None:
-    if isinstance(format, Tucker):
-        _rotate_tucker(gauge)
-    elif isinstance(format, TR):
-        _rotate_ring(gauge)
-    else:
-        _rotate_chain(gauge)
+def _rotations(start: Gauge, format: Format) -> list[Gauge]:
+    """The factors turned by their means, and by their second moments if they have any; none for CP."""
+    if isinstance(format, CP):
+        return []
+    rotate = _rotate_tucker if isinstance(format, Tucker) else _rotate_ring if isinstance(format, TR) else _rotate_chain
+    found = []
+    for by_noise in (False, True) if start.variances else (False,):
+        gauge = Gauge(start.layout, list(start.means), list(start.variances))
+        rotate(gauge, by_noise)
+        found.append(gauge)
+    return found
 
 
 def _kl(gauge: Gauge, prior: Prior) -> float:
@@ -116,8 +133,17 @@ def _map(factor: Tensor, dim: int, matrix: Tensor) -> Tensor:
     return (factor.movedim(dim, -1) @ matrix).movedim(-1, dim)
 
 
-def _triangle(factor: Tensor, dim: int) -> Tensor:
-    return torch.linalg.qr(_columns(factor, dim), mode="r").R
+def _triangle(factor: Tensor, dim: int, variance: Tensor | None = None) -> Tensor:
+    """R with R^T R = E[A^T A], A the factor as a matrix with one dimension as columns."""
+    columns = _columns(factor, dim)
+    if variance is not None:
+        columns = torch.cat([columns, _columns(variance, dim).sum(0).sqrt().diag()])
+    return torch.linalg.qr(columns, mode="r").R
+
+
+def _energies(triangle: Tensor) -> Tensor:
+    """The diagonal of R^T R, as one column: what a block makes of the variances of the factor beside it."""
+    return triangle.square().sum(0)[:, None]
 
 
 def _widened(matrix: Tensor, columns: int) -> Tensor:
@@ -141,33 +167,41 @@ class _Bond:
     dead: Tensor
 
     @classmethod
-    def between(cls, ra: Tensor, rb: Tensor) -> "_Bond":
+    def between(cls, ra: Tensor, rb: Tensor, least: float = _STRETCH) -> "_Bond":
         rank = ra.shape[1]
         u, s, vh = torch.linalg.svd(ra @ rb.T, full_matrices=False)
         u, v, s = _widened(u, rank), _widened(vh.T, rank), F.pad(s, (0, rank - len(s)))
         largest = float(s.max()) or 1.0
-        bounded = s.clamp_min(_STRETCH * largest).rsqrt()
+        bounded = s.clamp_min(least * largest).rsqrt()
         return cls(u, s.sqrt(), v, rb.T @ v * bounded, ra.T @ u * bounded, s <= _DEAD * largest)
 
 
-def _carry(gauge: Gauge, factor: int, dim: int, matrix: Tensor, dead: Tensor) -> None:
-    """Variances through the squares of a linear map; dead slices, which it leaves undefined, get the smallest."""
+def _turn(gauge: Gauge, bond: _Bond, left: tuple[int, int], right: tuple[int, int]) -> None:
+    """X on one factor of a bond, X^-1 on the other, each a (factor, dimension); variances by the squares."""
+    for (factor, dim), matrix in ((left, bond.x), (right, bond.x_inverse)):
+        gauge.means[factor] = _map(gauge.means[factor], dim, matrix)
+        gauge.variances[factor] = _map(gauge.variances[factor], dim, matrix.square())
+
+
+def _carry(gauge: Gauge, bond: _Bond, left: tuple[int, int], right: tuple[int, int]) -> None:
+    """The variances alone; dead slices, which the means leave undefined, get the smallest."""
     if not gauge.variances:
         return
-    moved = _map(gauge.variances[factor], dim, matrix.square())
-    alive = [moved.select(dim, k) for k in range(len(dead)) if not dead[k]]
-    floor = min((float(part.min()) for part in alive), default=1.0)
-    shape = [-1 if d == dim else 1 for d in range(moved.dim())]
-    gauge.variances[factor] = torch.where(dead.reshape(shape), floor, moved)
+    for (factor, dim), matrix in ((left, bond.x), (right, bond.x_inverse)):
+        moved = _map(gauge.variances[factor], dim, matrix.square())
+        alive = [moved.select(dim, k) for k in range(len(bond.dead)) if not bond.dead[k]]
+        floor = min((float(part.min()) for part in alive), default=1.0)
+        shape = [-1 if d == dim else 1 for d in range(moved.dim())]
+        gauge.variances[factor] = torch.where(bond.dead.reshape(shape), floor, moved)
 
 
-def _rotate_chain(gauge: Gauge) -> None:
+def _rotate_chain(gauge: Gauge, by_noise: bool) -> None:
     """Right-to-left QR, left-to-right SVD, then the root of each singular value to either side of its bond."""
     means, last = gauge.means, len(gauge.means) - 1
-    bonds = _chain_bonds(means)
-    for k, bond in enumerate(bonds):
-        _carry(gauge, k, means[k].dim() - 1, bond.x, bond.dead)
-        _carry(gauge, k + 1, 0, bond.x_inverse, bond.dead)
+    for k, bond in enumerate(_chain_bonds(gauge, by_noise) if gauge.variances else []):
+        (_turn if by_noise else _carry)(gauge, bond, (k, means[k].dim() - 1), (k + 1, 0))
+    if by_noise:
+        return
     shapes = [tuple(m.shape) for m in means]
     for k in range(last, 0, -1):
         q, r = torch.linalg.qr(_columns(means[k], 0))
@@ -185,22 +219,31 @@ def _rotate_chain(gauge: Gauge) -> None:
         means[k + 1] = (means[k + 1].movedim(0, -1) * _inverse(root)).movedim(-1, 0)
 
 
-def _chain_bonds(means: Sequence[Tensor]) -> list[_Bond]:
+def _chain_bonds(gauge: Gauge, by_noise: bool) -> list[_Bond]:
     """The gauge of every bond of a chain, from the triangles of all that lies left of it and right of it."""
-    lefts, rights = [_triangle(means[0], means[0].dim() - 1)], [_triangle(means[-1], 0)]
-    for factor in means[1:-1]:
-        lefts.append(_triangle(torch.tensordot(lefts[-1], factor, dims=1), factor.dim() - 1))
-    for factor in reversed(means[1:-1]):
-        rights.append(_triangle(factor @ rights[-1].T, 0))
-    return [_Bond.between(ra, rb) for ra, rb in zip(lefts, reversed(rights), strict=True)]
+    means, last = gauge.means, len(gauge.means) - 1
+    spreads = gauge.variances if by_noise else [None] * len(means)
+    lefts = [_triangle(means[0], means[0].dim() - 1, spreads[0])]
+    rights = [_triangle(means[-1], 0, spreads[-1])]
+    for k in range(1, last):
+        spread = None if spreads[k] is None else _map(spreads[k], 0, _energies(lefts[-1]))
+        lefts.append(_triangle(torch.tensordot(lefts[-1], means[k], dims=1), means[k].dim() - 1, spread))
+    for k in range(last - 1, 0, -1):
+        spread = None if spreads[k] is None else _map(spreads[k], means[k].dim() - 1, _energies(rights[-1]))
+        rights.append(_triangle(means[k] @ rights[-1].T, 0, spread))
+    least = _DEAD if by_noise else _STRETCH
+    return [_Bond.between(ra, rb, least) for ra, rb in zip(lefts, reversed(rights), strict=True)]
 
 
-def _rotate_tucker(gauge: Gauge) -> None:
+def _rotate_tucker(gauge: Gauge, by_noise: bool) -> None:
     """HOSVD: sides orthogonal, core all-orthogonal, the root of each singular value to either side of its bond."""
     core, sides = gauge.means[0], gauge.means[1:]
+    for k, bond in enumerate(_tucker_bonds(gauge, by_noise) if gauge.variances else []):
+        (_turn if by_noise else _carry)(gauge, bond, (k + 1, 1), (0, k))
+    if by_noise:
+        return
     split = [torch.linalg.qr(side) for side in sides]
-    triangles = [r for _, r in split]
-    whole = _absorbed(core, triangles)
+    whole = _absorbed(core, [r for _, r in split])
     rotations, roots = [], []
     for k, (q, r) in enumerate(split):
         rank = core.shape[k]
@@ -208,21 +251,31 @@ def _rotate_tucker(gauge: Gauge) -> None:
         rotations.append(_widened(w, rank))
         roots.append(F.pad(s, (0, rank - len(s))).sqrt())
         gauge.means[k + 1] = _widened(q @ w, rank) * roots[k]
-        if gauge.variances:
-            rest = _absorbed(core, [t if j != k else None for j, t in enumerate(triangles)])
-            bond = _Bond.between(r, _triangle(rest, k))
-            _carry(gauge, k + 1, 1, bond.x, bond.dead)
-            _carry(gauge, 0, k, bond.x_inverse, bond.dead)
     # Scales last: an unfolding whose other modes are scaled has other singular vectors.
     for k, (rotation, root) in enumerate(zip(rotations, roots, strict=True)):
         whole = _map(whole, k, rotation * _inverse(root))
     gauge.means[0] = whole
 
 
-def _absorbed(core: Tensor, triangles: Sequence[Tensor | None]) -> Tensor:
+def _tucker_bonds(gauge: Gauge, by_noise: bool) -> list[_Bond]:
+    """The gauge of every bond of a Tucker tensor, from the triangles of its side and of core and other sides."""
+    core, *sides = gauge.means
+    core_spread, *spreads = gauge.variances if by_noise else [None] * len(gauge.means)
+    triangles = [_triangle(side, 1, spread) for side, spread in zip(sides, spreads, strict=True)]
+    bonds = []
     for k, triangle in enumerate(triangles):
-        if triangle is not None:
-            core = _map(core, k, triangle.T)
+        others = [None if j == k else t for j, t in enumerate(triangles)]
+        energies = [None if t is None else _energies(t).T for t in others]
+        spread = None if core_spread is None else _absorbed(core_spread, energies)
+        rest = _triangle(_absorbed(core, others), k, spread)
+        bonds.append(_Bond.between(triangle, rest, _DEAD if by_noise else _STRETCH))
+    return bonds
+
+
+def _absorbed(core: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
+    for k, matrix in enumerate(matrices):
+        if matrix is not None:
+            core = _map(core, k, matrix.T)
     return core
 
 
@@ -231,26 +284,30 @@ def _inverse(root: Tensor) -> Tensor:
     return torch.where(root > math.sqrt(_DEAD) * root.max(), 1 / root, 0.0)
 
 
-def _rotate_ring(gauge: Gauge) -> None:
+def _rotate_ring(gauge: Gauge, by_noise: bool) -> None:
     """The two-factor SVD step, bond by bond, until the singular values settle; a ring has no global canonical form."""
     count, before = len(gauge.means), None
     for _ in range(_RING_SWEEPS):
         values = []
         for k in range(count):
-            values.append(_two_factor_step(gauge, k, (k + 1) % count))
+            values.append(_two_factor_step(gauge, k, (k + 1) % count, by_noise))
         now = torch.cat(values)
         if before is not None and float((now - before).norm()) <= _RING_SETTLED * float(now.norm()):
             return
         before = now
 
 
-def _two_factor_step(gauge: Gauge, a: int, b: int) -> Tensor:
+def _two_factor_step(gauge: Gauge, a: int, b: int, by_noise: bool) -> Tensor:
     left, right = gauge.means[a], gauge.means[b]
     i, rank = left.dim() - 1, left.shape[-1]
+    if by_noise:
+        ra, rb = _triangle(left, i, gauge.variances[a]), _triangle(right, 0, gauge.variances[b])
+        bond = _Bond.between(ra, rb, _DEAD)
+        _turn(gauge, bond, (a, i), (b, 0))
+        return bond.root.square()
     (qa, ra), (qb, rb) = torch.linalg.qr(_columns(left, i)), torch.linalg.qr(_columns(right, 0))
     bond = _Bond.between(ra, rb)
-    _carry(gauge, a, i, bond.x, bond.dead)
-    _carry(gauge, b, 0, bond.x_inverse, bond.dead)
+    _carry(gauge, bond, (a, i), (b, 0))
     gauge.means[a] = ((qa @ bond.u) * bond.root).reshape(left.shape)
     gauge.means[b] = ((qb @ bond.v) * bond.root).reshape(*right.shape[1:], rank).movedim(-1, 0)
     return bond.root.square()
@@ -284,7 +341,8 @@ def _balanced(gauge: Gauge, prior: Prior) -> Gauge:
 
 def _equalised(gauge: Gauge) -> Gauge:
     """All factors with the same root mean square: one step size serves them all, and the KL is all but blind to it."""
-    sizes = [float(m.square().mean().sqrt()) for m in gauge.means]
+    moments = second_moments(gauge.means, [v.log() / 2 for v in gauge.variances])
+    sizes = [float(moment.mean().sqrt()) for moment in moments]
     if min(sizes) == 0:
         return gauge
     common = math.exp(sum(map(math.log, sizes)) / len(sizes))

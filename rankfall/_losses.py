@@ -66,7 +66,7 @@ def weigh(one: Losses, other: Losses, num_data: int, limit: float, z: float = 0.
         b, a = other.first(count), one.first(count)
         n = min(len(a), len(b))
         a, b = a[:n], b[:n]
-        expected, error = agree(_mean(torch.where(a == b, 0.0, a - b), num_data))
+        expected, error = agree(_total(torch.where(a == b, 0.0, a - b), num_data))
         if one.complete and other.complete:
             return Verdict(expected, expected + z * error, expected + z * error < limit)
         if abs(expected - limit) > sure * error:
@@ -74,9 +74,14 @@ def weigh(one: Losses, other: Losses, num_data: int, limit: float, z: float = 0.
         count = 2 * n
 
 
-def _mean(d: Tensor, num_data: int) -> tuple[float, float]:
-    """(expected, standard error) over the whole training set; the infinity that an infinite loss calls for, and 0."""
+def _total(d: Tensor, num_data: int) -> tuple[float, float]:
+    """(expected, standard error) over the whole training set; the infinity that an infinite loss calls for, and 0.
+
+    The examples are drawn from the training set without repetition, so that nothing is uncertain once all were asked
+    (Cochran, Sampling Techniques, section 2.6).
+    """
     expected = float(d.mean())
     if not math.isfinite(expected):
         return (math.inf if math.isnan(expected) else expected), 0.0
-    return num_data * expected, num_data * float(d.std()) / math.sqrt(len(d))
+    unasked = max(1 - len(d) / num_data, 0.0)
+    return num_data * expected, num_data * float(d.std()) * math.sqrt(unasked / len(d))

@@ -25,6 +25,7 @@ _HOPE = (
     2.0  # A cut is tried if it costs up to so many times what it saves: the slices that stay may take over the rest.
 )
 _EXAMPLES, _ONE_IN = 8192, 256  # Examples of a test, and the part of a large training set that they are.
+_OVERCHARGE = 0.5  # What the rest of the run may still take off the price of the weights when they are tested.
 _PROMISE = 0.1  # What the rest of the run may still promise, as a part of what was learned, for a loss to be settled.
 
 
@@ -32,10 +33,11 @@ _PROMISE = 0.1  # What the rest of the run may still promise, as a part of what 
 class Evidence:
     """Ranks by the evidence test (`rf.select_ranks_`), asked when the run itself says that it has settled.
 
-    A run has settled when its training loss falls by less than its sampling noise, or at a pace at which all that
-    remains of the run would lower it by less than a tenth of what it has been lowered so far. After a change it gets
-    two epochs at least; after a test that cut nothing the wait doubles. The last test comes at four fifths of the run;
-    after that what is left can settle.
+    A run has settled when the NLL of its training data falls by less than its sampling noise, or at a pace at which all
+    that remains of the run would lower it by less than a tenth of what it has been lowered so far; and when that is so
+    of the bound as well, price of the weights included, or the price could at most be halved by the end. After a change
+    it gets two epochs at least; after a test that cut nothing the wait doubles. The last test comes at four fifths of
+    the run; after that what is left can settle.
 
     The test knows what a cut costs at once, not what training wins back. So when it cuts nothing, the cut that came
     nearest to paying is tried, if it costs less than twice what it saves. Four epochs later the same criterion is put
@@ -108,8 +110,8 @@ def next_step(history: Sequence[Record], epochs: int, first: int, can_grow: bool
     """What the evidence policy does after the last epoch of `history`: a pure function of the records.
 
     Args:
-        history: Records so far, the last one of the epoch that has just ended; `nll`, `nll_error`, `ranks`, and
-            `selection` in all but the last.
+        history: Records so far, the last one of the epoch that has just ended; `nll`, `nll_error`, `price`, `ranks`,
+            and `selection` in all but the last.
         epochs: Length of the whole run.
         first: The first epoch with the whole KL; nothing is asked before.
         can_grow: Whether slices may be given back, and some bond is below its start rank.
@@ -123,7 +125,7 @@ def next_step(history: Sequence[Record], epochs: int, first: int, can_grow: bool
     if now == stop and kind in ("grow", "try"):  # What was given back, or taken on trial, is judged in any case.
         return "ask" if kind == "grow" else "judge"
     wait = _TRIAL if kind == "try" else _patience(history, events)
-    if (now < stop and now - last_event < wait) or not _settled(history, last_event, epochs):
+    if (now < stop and now - last_event < wait) or not _settled(history, max(last_event, first), epochs):
         return "wait"
     if kind == "try":
         return "judge"
@@ -146,13 +148,20 @@ def _patience(history: Sequence[Record], events: Sequence[int]) -> int:
     return _COOLDOWN * 2 ** max(fruitless - 1, 0)
 
 
-def _settled(history: Sequence[Record], last_event: int, epochs: int) -> bool:
-    recent = [record["nll"] for record in history[max(last_event, 0) :]][-_COOLDOWN - 1 :]
+def _settled(history: Sequence[Record], start: int, epochs: int) -> bool:
+    """Whether the data's side of the bound, and the bound as a whole, have come to rest since an epoch.
+
+    The data settle first. While the price of the weights still falls, removing anything seems to pay: what the test
+    saves is a price that training is about to lower by itself.
+    """
+    recent = history[start:][-_COOLDOWN - 1 :]
     if len(recent) <= _COOLDOWN:
         return False
-    pace = (recent[0] - recent[-1]) / _COOLDOWN
-    learned = history[0]["nll"] - min(record["nll"] for record in history)
-    return pace < history[-1]["nll_error"] or pace * (epochs - len(history)) < _PROMISE * learned
+    left = epochs - len(history)
+    error, learned = history[-1]["nll_error"], history[0]["nll"] - min(record["nll"] for record in history)
+    nll, price = ((recent[0][name] - recent[-1][name]) / _COOLDOWN for name in ("nll", "price"))
+    of_data, of_bound = (pace < error or pace * left < _PROMISE * learned for pace in (nll, nll + price))
+    return of_data and (of_bound or price * left < _OVERCHARGE * recent[-1]["price"])
 
 
 def _may_grow(history: Sequence[Record], events: Sequence[int]) -> bool:
@@ -161,7 +170,7 @@ def _may_grow(history: Sequence[Record], events: Sequence[int]) -> bool:
     return all(before != history[-1]["ranks"] for before in grown)
 
 
-def has_paid(history: Sequence[Record], prior_side: float, num_data: int) -> bool:
+def has_paid(history: Sequence[Record]) -> bool:
     """Whether the run is better off, in evidence, than without the cut that it last tried; pure as well.
 
     What training wins anyhow is not put down to the cut: without it the data are taken to have gone on at the pace of
@@ -169,14 +178,12 @@ def has_paid(history: Sequence[Record], prior_side: float, num_data: int) -> boo
 
     Args:
         history: Records so far, the last one of the epoch that has just ended.
-        prior_side: What the low-rank tensors cost apart from the data now, in nats.
-        num_data: Size of the training set.
     """
     tried = max(e for e, record in enumerate(history[:-1]) if record["selection"] == "try")
     now, nll = len(history) - 1, [record["nll"] for record in history]
     paces = [(nll[max(e - _COOLDOWN, 0)] - nll[e]) / _COOLDOWN for e in (tried, now)]
     expected = nll[tried] - max(min(paces), 0) * (now - tried)
-    return num_data * (nll[now] - expected) < history[tried]["prior_side"] - prior_side
+    return nll[now] - expected < history[tried]["price"] - history[now]["price"]
 
 
 def trial(history: Sequence[Record], misses: Sequence[RankChange]) -> RankChange | None:
@@ -217,23 +224,25 @@ def select_(
         if len(history) > training.first:
             prune_(model, optimizer, threshold=policy.threshold)
         return {}
+    price = {"price": _price(model, training)}
+    history = [*history[:-1], {**history[-1], **price}]
     step = next_step(history, training.epochs, training.first, policy.regrow and _has_room(model))
-    if step == "judge" and not has_paid(history, _prior_side(model, training), training.num_data):
+    if step == "judge" and not has_paid(history):
         undo_(model, optimizer, RankChange(**_last_trial(history)["cuts"][0]))
-        return {"selection": "undo"}
+        return price | {"selection": "undo"}
     if step == "grow":
         before = ranks(model)
         grow_ranks_(model, optimizer)
-        return {"selection": "grow", "from": before}
+        return price | {"selection": "grow", "from": before}
     if step == "wait":
-        return {"selection": "wait"}
-    return _ask_(policy, model, optimizer, history, training)
+        return price | {"selection": "wait"}
+    return price | _ask_(policy, model, optimizer, history, training)
 
 
 def _ask_(
     policy: Evidence, model: nn.Module, optimizer: Optimizer, history: Sequence[Record], training: Training
 ) -> Record:
-    before, price = ranks(model), _prior_side(model, training)
+    before = ranks(model)
     cuts, misses = search_ranks_(
         model,
         optimizer,
@@ -250,13 +259,14 @@ def _ask_(
         cut = trial(history, misses)
         if cut:
             apply_(model, optimizer, cut)
-            return {"selection": "try", "cuts": [asdict(cut)], "from": before, "prior_side": price}
+            return {"selection": "try", "cuts": [asdict(cut)], "from": before}
     return {"selection": "kept", "cuts": []}
 
 
-def _prior_side(model: nn.Module, training: Training) -> float:
+def _price(model: nn.Module, training: Training) -> float:
+    """What the low-rank tensors cost apart from the data, in nats per datum: their side of the evidence test."""
     (value,) = training.agree([prior_side(model, training.num_data, training.beta)])
-    return value
+    return value / training.num_data
 
 
 def _last_trial(history: Sequence[Record]) -> Record:

@@ -170,7 +170,9 @@ class Sliced(nn.Module):
     def align_(self, optimizer: Optimizer | None = None) -> None:
         """Makes slices orthogonal and sorted, where the format allows it, whatever that does to the KL."""
         if 0 not in self.ranks.values():
-            self._take(_gauge.aligned(self.layout, self.format, list(self.factors), list(self.log_stds)), optimizer)
+            self._take(
+                _gauge.aligned(self.layout, self.format, self.prior, list(self.factors), list(self.log_stds)), optimizer
+            )
 
     def _take(self, gauge: _gauge.Gauge, optimizer: Optimizer | None) -> None:
         for parameters, values in (

@@ -2,11 +2,13 @@
 """The gauge step: the tensor stays, the KL falls, slices become orthogonal."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
 import rankfall as rf
+from rankfall import _gauge
 from rankfall._contract import dense
 
 SHAPE = (12, 30)
@@ -213,8 +215,54 @@ def test_only_low_rank_tensors_and_only_finite_ones():
     assert all(torch.equal(p, old) for p, old in zip(model[0].parameters(), before, strict=True))
 
 
+def second_moment(means, variances):
+    """E[A^T A] of a left block, A with its last bond as columns, factors (bond, modes, bond); by torch.einsum."""
+    moment = torch.ones(1, 1, dtype=torch.float64)
+    for mean, variance in zip(means, variances, strict=True):
+        moment = (
+            torch.einsum("ab,ans,bnr->sr", moment, mean, mean)
+            + torch.einsum("aa,ans->s", moment, variance).diag_embed()
+        )
+    return moment
+
+
+@pytest.mark.parametrize("kind", [rf.TT, rf.TTM])
+def test_with_noise_the_second_moments_of_both_sides_of_a_bond_become_the_same_numbers(kind):
+    t = tensor_of(kind, rf.MeanField(0.3))
+    gauge = _gauge._gauge(t.layout, [f.detach() for f in t.factors], [s.detach() for s in t.log_stds])
+    ends = [(1, *f.shape) if k == 0 else (*f.shape, 1) for k, f in ((0, t.factors[0]), (1, t.factors[-1]))]
+    shapes = [ends[0], *(f.shape for f in t.factors[1:-1]), ends[1]]
+    means, variances = (
+        [v.reshape(shape[0], -1, shape[-1]) for v, shape in zip(values, shapes, strict=True)]
+        for values in (gauge.means, gauge.variances)
+    )
+    for k, bond in enumerate(_gauge._chain_bonds(gauge, by_noise=True)):
+        left = second_moment(means[: k + 1], variances[: k + 1])
+        right = second_moment(*([v.transpose(0, 2) for v in reversed(vs[k + 1 :])] for vs in (means, variances)))
+        values = bond.root.square().diag()
+        close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-9 * float(values.max()))
+        close(bond.x.T @ left @ bond.x, values)
+        close(bond.x_inverse.T @ right @ bond.x_inverse, values)
+        torch.testing.assert_close(bond.x @ bond.x_inverse.T, torch.eye(len(values), dtype=torch.float64))
+
+
+def test_slices_that_are_all_noise_are_not_stretched(kind):
+    t = tensor_of(kind, rf.MeanField(), rf.HalfCauchy())
+    with torch.no_grad():
+        for mean, log_std in zip(t.factors, t.log_stds, strict=True):
+            mean.copy_(1e-3 * torch.randn_like(mean))
+            log_std.zero_()
+    before, kl = t.dense().detach(), t.entry_kl()
+    t.align_()
+    assert change(before, t.dense()) < 1e-12
+    assert t.entry_kl() < kl + 1
+
+
 def root_mean_squares(t):
-    return torch.stack([f.detach().square().mean().sqrt() for f in t.factors])
+    """With the noise of the posterior, which is all there is to a factor at rest."""
+    spreads = [log_std.detach().exp() for log_std in t.log_stds] or [torch.zeros(1)] * len(t.factors)
+    pairs = zip(t.factors, spreads, strict=True)
+    return torch.stack([(f.detach().square() + s.square()).mean().sqrt() for f, s in pairs])
 
 
 def test_factors_end_alike_in_size_so_that_one_step_size_fits_them(kind, prior):
@@ -232,7 +280,7 @@ def test_aligning_keeps_the_tensor_whatever_the_kl_says(kind, posterior):
     before = t.dense().detach()
     t.align_()
     assert change(before, t.dense()) < 1e-12
-    for bond in t.ranks if kind in (rf.TT, rf.TTM) else ():
+    for bond in t.ranks if kind in (rf.TT, rf.TTM) and isinstance(posterior, rf.Point) else ():
         strengths = t.strengths(bond)
         assert torch.equal(strengths, strengths.sort(descending=True).values)
 

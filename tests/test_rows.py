@@ -13,7 +13,7 @@ from torch import nn
 
 import rankfall as rf
 from laws import close, make, naive_padded
-from rankfall import _evidence
+from rankfall import _cuts
 from test_embedding import gradients_match, layer_around
 
 SHAPES = [(30, 8), (97, 6), (250, 12)]
@@ -62,7 +62,7 @@ def test_rows_of_one_leading_digit_stay_together(kind, shape):
     close(t.dense(), naive_table(t, t.factors))
     ids = torch.randint(shape[0], (50,))
     close(layer(ids), t.dense()[ids])
-    assert _evidence._cut_rows(t, "", None, None) is None
+    assert _cuts._cut_rows(t, "", None, None) is None
 
 
 @pytest.mark.parametrize("padding_idx", [None, 0])

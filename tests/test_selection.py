@@ -18,16 +18,16 @@ def next_step(history, epochs, first, can_grow=True):
     return _selection.next_step(history, epochs, first, can_grow)
 
 
-def records(losses, events=None, ranks=None, error=1e-3):
+def records(losses, events=None, ranks=None, error=1e-3, prices=None):
     """Records of a run; `events` are {epoch: selection}, `ranks` {epoch: rank from then on}."""
     rank, out = 8, []
-    for epoch, loss in enumerate(losses):
-        record = {"nll": loss, "nll_error": error, "ranks": {"0": {"r1": rank}}}
+    for epoch, (loss, price) in enumerate(zip(losses, prices or [1.0] * len(losses), strict=True)):
+        record = {"nll": loss, "nll_error": error, "price": price, "ranks": {"0": {"r1": rank}}}
         record["selection"] = (events or {}).get(epoch, "wait")
         if record["selection"] in ("grow", "try"):
             record["from"] = {"0": {"r1": rank}}
         if record["selection"] == "try":
-            record |= {"cuts": [{"name": "0", "bond": "r1"}], "prior_side": 1000.0}
+            record |= {"cuts": [{"name": "0", "bond": "r1"}]}
         rank = (ranks or {}).get(epoch, rank)
         record["ranks"] = {"0": {"r1": rank}}
         out.append(record)
@@ -60,6 +60,28 @@ def test_the_same_pace_counts_less_the_less_is_left():
     losses = [2.0, *(0.5 - 0.004 * k for k in range(20))]
     assert next_step(records(losses), EPOCHS, 5) == "wait"
     assert next_step(records(losses), 30, 5) == "ask"
+
+
+@pytest.mark.parametrize(
+    ("pace", "error", "epochs", "step"),
+    [
+        (0.02, 1e-3, EPOCHS, "wait"),  # 80 more epochs at this pace are more than half of the price.
+        (0.02, 3e-2, EPOCHS, "ask"),  # Within the noise of the data.
+        (0.02, 1e-3, 40, "ask"),  # 18 more epochs are less than half of the price.
+        (0.001, 1e-3, EPOCHS, "ask"),
+        (-0.02, 1e-3, EPOCHS, "ask"),
+    ],
+)
+def test_a_price_that_still_falls_is_waited_for(pace, error, epochs, step):
+    prices = [1.0 + pace * k for k in reversed(range(20))]
+    assert next_step(records(flat(20), error=error, prices=prices), epochs, 5) == step
+
+
+def test_the_bound_may_rest_while_a_price_is_paid_for_what_the_data_win():
+    prices = [1.0 - 0.02 * k for k in range(20)]
+    data = [2.0, *(0.5 + 0.02 * k for k in range(19))]
+    assert next_step(records(data, prices=prices), EPOCHS, 5) == "ask"
+    assert next_step(records(flat(20), prices=prices), EPOCHS, 5) == "wait"
 
 
 def test_nothing_is_asked_before_the_kl_has_its_full_weight():
@@ -117,26 +139,30 @@ def test_a_trial_is_judged_in_any_case_before_the_rest():
     assert next_step(records(falling(81, 0.1), {79: "try"}), EPOCHS, 5) == "judge"
 
 
+def tried(losses, before, now, at=10):
+    """Records of a run with a trial at an epoch, and the price of the weights before and after it."""
+    prices = [before] * (at + 1) + [now] * (len(losses) - at - 1)
+    return records(losses, {at: "try"}, prices=prices)
+
+
 @pytest.mark.parametrize(("rise", "paid"), [(0.0, True), (0.19, True), (0.21, False)])
 def test_a_trial_has_paid_if_the_data_lost_less_than_the_prior_side_won(rise, paid):
-    history = records([2.0] + [0.5] * 10 + [0.5 + rise] * 4, {10: "try"})
-    assert _selection.has_paid(history, prior_side=800.0, num_data=1000) == paid
+    assert _selection.has_paid(tried([2.0] + [0.5] * 10 + [0.5 + rise] * 4, 1.0, 0.8)) == paid
 
 
 def test_what_training_wins_anyhow_is_not_put_down_to_a_trial():
-    history = records([2.0 - 0.1 * k for k in range(15)], {10: "try"})  # As before, without a break.
-    assert _selection.has_paid(history, prior_side=999.0, num_data=1000)
-    assert not _selection.has_paid(history, prior_side=1000.1, num_data=1000)
+    losses = [2.0 - 0.1 * k for k in range(15)]  # As before, without a break.
+    assert _selection.has_paid(tried(losses, 1.0, 0.999))
+    assert not _selection.has_paid(tried(losses, 1.0, 1.0001))
 
 
 def test_a_run_that_slows_down_by_itself_is_not_held_to_its_old_pace():
-    history = records([2.0 - 0.1 * k for k in range(11)] + [1.0] * 4, {10: "try"})
-    assert _selection.has_paid(history, prior_side=999.0, num_data=1000)
+    assert _selection.has_paid(tried([2.0 - 0.1 * k for k in range(11)] + [1.0] * 4, 1.0, 0.999))
 
 
 def test_the_last_trial_counts():
-    history = records([0.5] * 6 + [0.9] * 10, {5: "try", 11: "try"})
-    assert _selection.has_paid(history, prior_side=999.0, num_data=1000)
+    history = records([0.5] * 6 + [0.9] * 10, {5: "try", 11: "try"}, prices=[1.0] * 12 + [0.999] * 4)
+    assert _selection.has_paid(history)
 
 
 def test_the_cheapest_cut_for_what_it_saves_is_tried_and_once_only():
@@ -216,7 +242,7 @@ def test_a_trial_that_costs_evidence_is_undone(posterior, monkeypatch):
 def test_a_trial_that_pays_stays():
     """With a margin that only a slice of exactly no effect passes, trials bring the rank down."""
     teacher = Teacher(true=1, start=3, posterior=rf.Point())
-    history = teacher.fit(epochs=60, selection=rf.Evidence(z=1e9))
+    history = teacher.fit(epochs=60, selection=rf.Evidence(500, z=1e9))
     steps = [record["selection"] for record in history]
     assert steps.count("try") > steps.count("undo")
     assert teacher.model[0].weight.ranks == {"r1": 1}

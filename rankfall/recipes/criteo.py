@@ -24,6 +24,7 @@ _ROWS = 16_777_216
 _TEST_PART = 10  # One row in so many is for testing.
 _TEST_ROWS = 131_072
 _TRAIN_SEED, _TEST_SEED = 0, 1
+_FEW = 1_000_000  # Rows under which an epoch of the usual batches would be of too few steps.
 _IN_MEMORY = 4_000_000  # Rows up to which they are held, 160 bytes each; more are read in every pass.
 
 
@@ -102,7 +103,13 @@ _SAVINGS: dict[MethodName, Saving] = {
 
 
 def _fitted(network: Network, data_dir: Path | None) -> Network:
-    return of_sizes(network, KAGGLE_SIZES if data_dir is None else tuple(read_index(data_dir)["sizes"]))
+    """The network for tables of the sizes that the data need; of few rows it takes smaller batches, to have steps."""
+    if data_dir is None:
+        return of_sizes(network, KAGGLE_SIZES)
+    index = read_index(data_dir)
+    if index["rows"]["train"] < _FEW:
+        network = replace(network, batch_size=_DLRM.batch_size // 8, lr=_DLRM.lr / 4)
+    return of_sizes(network, tuple(index["sizes"]))
 
 
 RECIPE = Recipe("criteo", _load, {"dlrm": _DLRM}, made_up=_made_up, fitted=_fitted)
