@@ -188,6 +188,15 @@ def test_prepare_and_train(tmp_path, monkeypatch, capsys, method):
     assert metrics["dense_parameters"] == sum(p.numel() for p in Recommender(sizes).parameters())
 
 
+def test_on_few_rows_training_is_longer_and_in_smaller_batches(tmp_path, monkeypatch):
+    _, out = prepared(tmp_path, click_lines(30))
+    few, many = criteo.RECIPE.network(None, out), criteo.RECIPE.network(None)
+    assert (few.batch_size, few.lr, few.epochs) == (128, 5e-4, 40)
+    assert (many.batch_size, many.lr, many.epochs) == (1024, 2e-3, 16)
+    monkeypatch.setattr(criteo, "_FEW", 10)
+    assert criteo.RECIPE.network(None, out).batch_size == 1024
+
+
 def test_the_published_size():
     model = Recommender()
     assert sum(p.numel() for p in model.parameters()) == 4_322_224_385

@@ -24,7 +24,7 @@ _ROWS = 16_777_216
 _TEST_PART = 10  # One row in so many is for testing.
 _TEST_ROWS = 131_072
 _TRAIN_SEED, _TEST_SEED = 0, 1
-_FEW = 1_000_000  # Rows under which an epoch of the usual batches would be of too few steps.
+_FEW = 1_000_000  # Rows.
 _IN_MEMORY = 4_000_000  # Rows up to which they are held, 160 bytes each; more are read in every pass.
 
 
@@ -94,6 +94,9 @@ def of_sizes(network: Network, sizes: tuple[int, ...]) -> Network:
 
 
 _DLRM = Network(Recommender, epochs=16, batch_size=1024, lr=2e-3, max_rank=8, kl_warmup=2)
+# With the usual batches a few thousand rows are a few hundred steps, in which the KL does not come to rest. A KL that
+# comes in at once presses all tables to the prior before they have learned anything.
+_ON_FEW: dict[str, Any] = {"epochs": 40, "batch_size": 128, "lr": 5e-4, "kl_warmup": 12}
 _TABLE_RANK = 3
 _SAVINGS: dict[MethodName, Saving] = {
     "drop-table": DROP_TABLE,
@@ -103,12 +106,12 @@ _SAVINGS: dict[MethodName, Saving] = {
 
 
 def _fitted(network: Network, data_dir: Path | None) -> Network:
-    """The network for tables of the sizes that the data need; of few rows it takes smaller batches, to have steps."""
+    """The network for tables of the sizes that the data need, trained for longer and in smaller batches on few rows."""
     if data_dir is None:
         return of_sizes(network, KAGGLE_SIZES)
     index = read_index(data_dir)
     if index["rows"]["train"] < _FEW:
-        network = replace(network, batch_size=_DLRM.batch_size // 8, lr=_DLRM.lr / 4)
+        network = replace(network, **_ON_FEW)
     return of_sizes(network, tuple(index["sizes"]))
 
 
