@@ -132,6 +132,44 @@ def test_a_weight_that_carries_nothing_goes_to_rank_zero(kind):
     layer(x).sum().backward()
 
 
+def test_slices_at_rest_at_the_prior_go_and_the_others_stay(kind):
+    """They cost nothing and tell nothing; to turn them, or to refit the others to their loss, would cost."""
+    torch.manual_seed(0)
+    layer = rf.nn.Linear(12, 20, bias=False, format=kind(4), prior=rf.HalfCauchy(), posterior=rf.MeanField(1e-2))
+    tensor = layer.weight
+    bond = next(iter(tensor.ranks))
+    with torch.no_grad():
+        for mean, log_std in zip(tensor.factors, tensor.log_stds, strict=True):
+            mean.normal_()
+            log_std.fill_(math.log(1e-2))
+        for k, dim in tensor.layout.places(bond):
+            tensor.factors[k].movedim(dim, 0)[1:] *= 1e-5
+            tensor.log_stds[k].movedim(dim, 0)[1:] = 0.0
+    x = torch.randn(500, 12)
+    target = layer.eval()(x).detach()
+
+    def nll():
+        return (10 * (layer(x) - target)).square().sum(1)
+
+    for _ in range(3):
+        rf.select_ranks_(layer, nll=nll, num_data=500)
+    assert tensor.ranks[bond] == 1
+    torch.testing.assert_close(layer(x), target, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(("cost", "rank"), [(0.9, 0), (1.1, 1)])
+def test_a_whole_bond_has_to_be_worth_a_nat(cost, rank):
+    layer = rf.nn.Linear(12, 8, bias=False, format=rf.TT(1, in_modes=(12,), out_modes=(8,)), posterior=rf.MeanField())
+    saved = layer.weight.entry_kl()
+
+    def nll():
+        return torch.full((500,), 0.0 if layer.weight.ranks["r1"] else (saved + cost) / 500, dtype=torch.float64)
+
+    layer.weight.align_ = lambda optimizer=None: None  # Whose price this is not about.
+    rf.select_ranks_(layer, nll=nll, num_data=500)
+    assert layer.weight.ranks == {"r1": rank}
+
+
 def test_what_loses_nothing_stays_bit_for_bit(kind, posterior):
     torch.manual_seed(0)
     layer = rf.nn.Linear(12, 8, format=kind(2), posterior=posterior)

@@ -212,17 +212,21 @@ def test_rows_go_that_do_not_pay_for_numbers_of_their_own(posterior):
     model, nll = frequent(posterior)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-2)
     elbo = rf.ELBOLoss(model, 4000)
-    cuts = []
+    calls = []
     for _ in range(4):
         for _ in range(150):
             optimizer.zero_grad()
             elbo(nll().mean()).backward()
             optimizer.step()
-        cuts += [cut for cut in rf.select_ranks_(model, optimizer, nll=nll, num_data=4000) if cut.bond == "rows"]
+        calls.append(rf.select_ranks_(model, optimizer, nll=nll, num_data=4000))
+    cuts = [cut for found in calls for cut in found if cut.bond == "rows"]
     assert 12 <= model[0].weight.rows <= 24
     assert cuts[0].before == 64
     assert cuts[-1].after == model[0].weight.rows
     assert all(cut.nll_cost < cut.saved for cut in cuts)
+    # What a row says depends on the slices that are left, and rows do not come back.
+    assert [cut.bond for cut in calls[0]] == ["r1"]
+    assert all(len(found) == 1 for found in calls if "rows" in {cut.bond for cut in found})
 
 
 def test_rows_that_all_speak_stay():
