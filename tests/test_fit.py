@@ -22,13 +22,14 @@ def test_a_record_says_what_happened():
     model = model_of()
     history = fit(model, epochs=2, evaluate=lambda: {"accuracy": 0.5}, kl_warmup=0)
     expected = {"epoch", "loss", "nll", "nll_error", "kl", "lr", "parameters", "compression", "ranks", "rows"}
-    expected |= {"seconds", "selection", "selection_seconds", "accuracy"}
+    expected |= {"seconds", "selection", "selection_seconds", "price", "accuracy"}
     assert all(set(record) == expected for record in history)
     last = history[-1]
     assert last["ranks"] == rf.ranks(model)
     assert last["parameters"] == rf.summary(model).parameters
     assert last["compression"] == pytest.approx(rf.summary(model).compression)
     assert last["loss"] == pytest.approx(last["nll"] + last["kl"] / N, rel=1e-5)
+    assert last["price"] == pytest.approx(model[0].weight.entry_kl() / N)
     assert last["accuracy"] == 0.5
     assert last["seconds"] > 0
 
