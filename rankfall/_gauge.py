@@ -226,13 +226,18 @@ def _chain_bonds(gauge: Gauge, by_noise: bool) -> list[_Bond]:
     lefts = [_triangle(means[0], means[0].dim() - 1, spreads[0])]
     rights = [_triangle(means[-1], 0, spreads[-1])]
     for k in range(1, last):
-        spread = None if spreads[k] is None else _map(spreads[k], 0, _energies(lefts[-1]))
+        spread = _spread_beside(lefts[-1], spreads[k], 0)
         lefts.append(_triangle(torch.tensordot(lefts[-1], means[k], dims=1), means[k].dim() - 1, spread))
     for k in range(last - 1, 0, -1):
-        spread = None if spreads[k] is None else _map(spreads[k], means[k].dim() - 1, _energies(rights[-1]))
+        spread = _spread_beside(rights[-1], spreads[k], means[k].dim() - 1)
         rights.append(_triangle(means[k] @ rights[-1].T, 0, spread))
     least = _DEAD if by_noise else _STRETCH
     return [_Bond.between(ra, rb, least) for ra, rb in zip(lefts, reversed(rights), strict=True)]
+
+
+def _spread_beside(triangle: Tensor, variance: Tensor | None, dim: int) -> Tensor | None:
+    """The variances of a factor, as many times as the block on one of its bonds has energy."""
+    return None if variance is None else _map(variance, dim, _energies(triangle))
 
 
 def _rotate_tucker(gauge: Gauge, by_noise: bool) -> None:
