@@ -31,7 +31,8 @@ class RankChange:
         before: Rank before, or rows.
         after: Rank after, or rows; rank 0 if the weight carries nothing that pays for itself.
         nll_cost: What the data loses by it, over all of `num_data`, in nats: the upper bound that was tested.
-        saved: What the prior side gains by it, in nats, times beta.
+        saved: What the prior side gains by it, in nats, times beta, and that part of one nat which went of the bond or
+            of the rows.
     """
 
     name: str
@@ -44,7 +45,7 @@ class RankChange:
 
 @dataclass(frozen=True)
 class Criterion:
-    """The criterion N (mean(d) + z std(d) / sqrt(n)) < beta * saved, d paired per example."""
+    """The criterion that `rf.select_ranks_` states: its numbers, the data, and what other processes say."""
 
     batches: Batches
     num_data: int
@@ -111,7 +112,7 @@ class Cuts(NamedTuple):
 
 
 def select(tensor: LowRankTensor, name: str, criterion: Criterion, base: Losses, max_cut: float) -> Cuts:
-    """What of a tensor can go: first with slices moved, so that those that go take least with them.
+    """What of a tensor can go: tried with slices moved first, so that those that go take least with them.
 
     Moving has its price, since correlations of the posterior are dropped and refitted means are larger; cuts have to
     bear it too. Slices that have come to rest at the prior cannot, and go as they are.
