@@ -224,6 +224,15 @@ def test_missing_and_truncated_data(capsys, mini_mnist: Path):
     assert "is damaged" in refused(capsys, "train", "mnist", "--data-dir", str(mini_mnist))
 
 
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_help_names_values_that_can_be_passed(capsys, command):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    shown = capsys.readouterr().out
+    assert "--format {cp,tucker,tt,ttm,tr}" in shown
+    assert "None" not in shown
+
+
 def test_unknown_choices_list_the_known(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["train", "digits", "--format", "svd"])

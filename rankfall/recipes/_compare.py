@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import tyro
 
@@ -15,8 +15,11 @@ from rankfall._files import write_atomic
 from rankfall._summary import summary
 from rankfall.recipes._folder import RunFolder
 from rankfall.recipes._options import (
-    FormatName,
     MethodName,
+    OptionalFolder,
+    OptionalFormat,
+    OptionalName,
+    OptionalNumber,
     PosteriorName,
     PrecisionName,
     PriorName,
@@ -59,24 +62,24 @@ class CompareOptions:
 
     recipe: tyro.conf.Positional[RecipeName]
     """What to train: digits needs nothing, the others --data-dir; mnist can also fetch from the Hugging Face hub."""
-    data_dir: Path | None = None
+    data_dir: OptionalFolder = None
     """Folder of the data set."""
-    model: str | None = None
+    model: OptionalName = None
     """Which of the recipe's networks; mnist has mlp and lenet5, cifar10 vgg and resnet20. The first if left out."""
-    format: FormatName | None = None
+    format: OptionalFormat = None
     """How the weights are held; the recipe's own way (imdb tt, others ttm) if left out."""
     methods: tuple[MethodName, ...] = ()
-    """Which of them; all that the recipe has if left out. A method of a given size needs evidence beside it, or
-    --budget."""
+    """Which of them; all that the recipe has if left out. A method of a given size needs --budget, or evidence
+    beside it."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One run of each method per seed."""
-    epochs: int | None = None
+    epochs: OptionalNumber = None
     """Passes over the data; the network's own number if left out."""
-    limit: int | None = None
+    limit: OptionalNumber = None
     """Use only so many rows, for a quick trial."""
     synthetic: bool = False
     """Of criteo: made-up rows of full size, with labels from planted low-rank tables; --limit says how many."""
-    length: int | None = None
+    length: OptionalNumber = None
     """Tokens of each text that are read; the recipe's own number (imdb and transformer 128) if left out."""
     precision: PrecisionName = "float32"
     """Of matrix products and convolutions while training; parameters, KL and the figures stay float32."""
@@ -84,13 +87,13 @@ class CompareOptions:
     """Hyperprior of the prior scales."""
     posterior: PosteriorName = "mean-field"
     """mean-field learns a standard deviation for every entry; point saves that memory."""
-    max_rank: int | None = None
+    max_rank: OptionalNumber = None
     """Rank of every bond at the start of shrinkage and evidence; the network's own (digits 8, mnist 20) if left out."""
-    budget: int | None = None
+    budget: OptionalNumber = None
     """Parameters of the whole model that the methods of a given size get; as many as evidence ends at if left out."""
     beta: float = 1.0
     """Weight of the KL; 1 is the evidence lower bound."""
-    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    out: OptionalFolder = None
     """Folder of the run folders METHOD-seedN and of compare.json; runs/compare-RECIPE-FORMAT if left out."""
 
     @property

@@ -3,7 +3,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import tyro
 
@@ -21,6 +21,17 @@ MethodName: TypeAlias = Literal[
 PriorName: TypeAlias = Literal["half-cauchy", "log-uniform"]
 PosteriorName: TypeAlias = Literal["mean-field", "point"]
 PrecisionName: TypeAlias = Literal["float32", "bfloat16"]
+
+
+def _left_out(metavar: str) -> Any:  # noqa: ANN401  tyro keeps the type to itself
+    """Of an option whose text says what holds without it, so that the help shows no `None`."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint="")
+
+
+OptionalFolder: TypeAlias = Annotated[Path | None, _left_out("DIR")]
+OptionalNumber: TypeAlias = Annotated[int | None, _left_out("INT")]
+OptionalName: TypeAlias = Annotated[str | None, _left_out("NAME")]
+OptionalFormat: TypeAlias = Annotated[FormatName | None, _left_out("{cp,tucker,tt,ttm,tr}")]
 _FORMATS: dict[str, type[Format]] = {"cp": CP, "tucker": Tucker, "tt": TT, "ttm": TTM, "tr": TR}
 
 
@@ -56,20 +67,20 @@ class TrainOptions:
 
     recipe: tyro.conf.Positional[RecipeName]
     """What to train: digits needs nothing, the others --data-dir; mnist can also fetch from the Hugging Face hub."""
-    data_dir: Path | None = None
+    data_dir: OptionalFolder = None
     """Folder of the data set."""
-    model: str | None = None
+    model: OptionalName = None
     """Which of the recipe's networks; mnist has mlp and lenet5, cifar10 vgg and resnet20. The first if left out."""
-    format: FormatName | None = None
+    format: OptionalFormat = None
     """How the weights are held; the recipe's own way (imdb tt, others ttm) if left out."""
-    max_rank: int | None = None
+    max_rank: OptionalNumber = None
     """Rank of every bond at the start, which training lowers; the network's own (digits 8, mnist 20) if left out."""
     method: MethodName = "evidence"
     """evidence removes the slices that do not pay for themselves, shrinkage those of small prior scale; fixed keeps all
     ranks and has no prior, compress trains the usual net for half of the epochs, decomposes its weights at the given
     rank and trains on, dense is the usual net. Of criteo: hashing, quotient-remainder and drop-table are fixed with
     fewer rows in its large tables, with two small tables in place of each, or with zeros, within --budget."""
-    budget: int | None = None
+    budget: OptionalNumber = None
     """Of hashing, quotient-remainder and drop-table: parameters of the whole model; those of fixed if left out."""
     prior: PriorName = "half-cauchy"
     """Hyperprior of the prior scales."""
@@ -79,19 +90,19 @@ class TrainOptions:
     """shrinkage removes a slice whose scale falls under this fraction of the largest of its bond."""
     beta: float = 1.0
     """Weight of the KL; 1 is the evidence lower bound."""
-    epochs: int | None = None
+    epochs: OptionalNumber = None
     """Passes over the data; the network's own number if left out."""
     seed: int = 0
     """Of the initial factors, the order of the data and the posterior's noise."""
-    limit: int | None = None
+    limit: OptionalNumber = None
     """Use only so many rows, for a quick trial."""
     synthetic: bool = False
     """Of criteo: made-up rows of full size, with labels from planted low-rank tables; --limit says how many."""
-    length: int | None = None
+    length: OptionalNumber = None
     """Tokens of each text that are read; the recipe's own number (imdb and transformer 128) if left out."""
     precision: PrecisionName = "float32"
     """Of matrix products and convolutions while training; parameters, KL and the figures stay float32."""
-    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    out: OptionalFolder = None
     """Run folder; runs/RECIPE-FORMAT-METHOD-seedN if left out."""
     resume: bool = False
     """Go on with an interrupted run, with the options it was started with."""
