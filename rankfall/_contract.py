@@ -12,15 +12,14 @@ from torch import Tensor
 
 from rankfall._einsum import Axes, Plan, Shapes, contract, plan, planned_once, run, shapes_of
 from rankfall._layout import Layout
-
-SLOWER_IN_STEPS = 2
-"""How much longer a contraction pair by pair takes than its operations say: batched products, and copies between."""
+from rankfall._machine import machine
 
 LEAST_RANK = 16
 """Thinner products take two to three times as long on a CPU, so zeros make up for what is missing."""
 
-_CALL = 80_000  # Operations in the time that one product of a batched product takes to get going.
-_NARROW = 32  # Columns of the right matrix at which each product of a batched product runs at half of its speed.
+# How much longer than counted it takes to form a tensor pair by pair: small products, and copies of the whole.
+_SLOWER_IN_PAIRS = 2
+_NARROW = 16  # Columns of the right matrix at which each product of a batched product runs at half of its speed.
 
 
 def _flat_modes(layout: Layout) -> Axes:
@@ -154,7 +153,7 @@ def forming(layout: Layout, shapes: Shapes) -> Forming:
         flops, elements = 2 * rows * rank * width, rows * width + rank * (rows + width)
         found = [Forming(Plan((), parts.flops + flops, parts.elements + elements), pair)]
     best = min(found, key=lambda way: way.plan.cost)
-    return best if best.plan.cost < SLOWER_IN_STEPS * one_by_one.cost else Forming(one_by_one)
+    return best if best.plan.cost < _SLOWER_IN_PAIRS * one_by_one.cost else Forming(one_by_one)
 
 
 _SHORT_RUN = 16  # A copy that keeps so few neighbours together takes twice as long as a plain one.
@@ -202,7 +201,7 @@ def mixed(left: Float[Tensor, "p q"], right: Float[Tensor, "n q s"]) -> Float[Te
 def effort_of_mixed(n: int, p: int, q: int, s: int) -> int:
     """How many operations of one large product take as long as `mixed` on these sizes."""
     flops = 2 * n * p * q * s
-    return flops if s == 1 else round(flops * (1 + _NARROW / max(s, 1))) + _CALL * n
+    return flops if s == 1 else round(flops * (1 + _NARROW / max(s, 1))) + machine().flops_per_call * n
 
 
 _WORTH_A_CALL = 1_000_000  # Operations of a product beside which the call of it costs little.

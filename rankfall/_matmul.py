@@ -13,7 +13,6 @@ from torch import Tensor
 
 from rankfall._contract import (
     LEAST_RANK,
-    SLOWER_IN_STEPS,
     cut_at,
     dense,
     effort_of_mixed,
@@ -77,7 +76,8 @@ class Way:
         return words.get(self.kind, cut)
 
 
-_COPIES = 3  # What a step reads or writes is also brought into the order of axes that its product wants.
+# What a step reads or writes is also brought into the order of axes that its product wants, piece by small piece.
+_COPIES = 2.5
 
 
 @planned_once
@@ -99,8 +99,7 @@ def linear_ways(layout: Layout, shapes: Shapes, rows: int) -> list[Way]:
     steps = linear_plan(layout, shapes, rows)
     ways = [
         _with_products("formed", formed, rows, (width, out)),
-        # Orders that keep many axes apart are run by batched products and copies, which reach half of the speed.
-        Way("steps", steps.flops, _COPIES * steps.elements, SLOWER_IN_STEPS * steps.flops),
+        Way("steps", steps.flops, round(_COPIES * steps.elements), steps.flops),
     ]
     pair = halves(layout, shapes)
     if pair is None:

@@ -28,14 +28,15 @@ def _own_cache(tmp_path, monkeypatch):
 
 def test_without_figures_the_usual_ones_hold():
     assert machine() == USUAL
-    assert USUAL.flops_per_element == 10
-    assert Machine(flops=1.0, elements=100.0).flops_per_element == 1
+    assert (USUAL.flops_per_element, USUAL.flops_per_call) == (25, 10_000)
+    slow = Machine(flops=1.0, elements=100.0, call=1e-9)
+    assert (slow.flops_per_element, slow.flops_per_call) == (1, 1)
 
 
 def test_calibration_is_kept_and_not_repeated(monkeypatch):
     found = calibrate()
     assert json.loads(cache_path().read_text())["flops"] == found.flops
-    for name in ("flops", "elements"):
+    for name in ("flops", "elements", "call"):
         assert 1 / 8 <= getattr(found, name) / getattr(USUAL, name) <= 8
     monkeypatch.setattr(_machine, "_measured", lambda: OTHER)
     assert calibrate() == found
@@ -60,7 +61,8 @@ def test_a_home_that_cannot_be_written_to(monkeypatch, tmp_path):
         lambda kept: json.dumps(kept | {"flops": "many"}),
         lambda kept: json.dumps(kept | {"flops": 0.0}),
         lambda kept: json.dumps(kept | {"speed": 1.0}),
-        lambda kept: json.dumps({"of": kept["of"], "flops": float("nan"), "elements": 1e9}),
+        lambda kept: json.dumps({name: kept[name] for name in ("of", "flops", "elements")}),
+        lambda kept: json.dumps(kept | {"flops": float("nan")}),
     ],
 )
 def test_figures_that_are_not_of_this_machine_or_make_no_sense(change):
@@ -73,7 +75,7 @@ def test_figures_that_are_not_of_this_machine_or_make_no_sense(change):
 
 def test_what_was_measured_beside_other_work_is_bounded(monkeypatch):
     monkeypatch.setattr(_machine, "_seconds", lambda work: 1.0)
-    assert _machine._measured() == Machine(USUAL.flops / 8, USUAL.elements / 8)
+    assert _machine._measured() == Machine(USUAL.flops / 8, USUAL.elements / 8, USUAL.call * 8)
 
 
 def test_plans_follow_the_figures():
@@ -91,7 +93,7 @@ def test_a_count_says_how_and_how_long(kind):
     found = costs(nn.Sequential(nn.Linear(784, 512)), kind(4), batch_size=100).layers[0]
     assert found.seconds == pytest.approx(found.flops / USUAL.flops, rel=3)
     flops, elements = 2 * 100 * 784 * 512, 784 * 512 + 100 * (784 + 512)
-    assert found.dense_seconds == pytest.approx((flops + 10 * elements) / USUAL.flops)
+    assert found.dense_seconds == pytest.approx((flops + 25 * elements) / USUAL.flops)
     assert any(words in found.way for words in ("formed", "thin", "cut at r", "factor by factor"))
 
 
