@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rankfall._formats import CP, TR
-from rankfall._losses import Agree, Batches, Losses, Verdict, weigh
+from rankfall._losses import Agree, Batches, Halfway, Losses, Verdict, weigh
 from rankfall._memo import Memo
 from rankfall._tensor import LowRankTensor
 
 _ROWS = "rows"
 _BARE_MENTION = 1.0  # Nats of evidence that are "not worth more than a bare mention" (Kass, Raftery 1995, section 3.2).
+_BIT = 0.05  # Part of a slice small enough for a derivative, and large enough to be seen in a KL in float32.
 _ROWS_LEFT = (3 / 4, 1 / 2, 1 / 4, 1 / 8, 1 / 16)  # Parts of a table that are weighed, as far as less is better.
 
 
@@ -63,9 +64,16 @@ class Criterion:
         (value,) = self.agree([self.beta * (before - price_of(tensor, self.num_data))])
         return value + _BARE_MENTION * gone
 
-    def weigh(self, one: Losses, other: Losses, saved: float, z: float = 0.0) -> Verdict:
+    def weigh(
+        self,
+        one: Losses,
+        other: Losses,
+        saved: float,
+        z: float = 0.0,
+        between: Callable[[], Halfway] | None = None,
+    ) -> Verdict:
         """Whether the data lose less by `one` against `other` than is saved."""
-        return weigh(one, other, self.num_data, saved, z, self.agree)
+        return weigh(one, other, self.num_data, saved, z, self.agree, between)
 
     def losses(self) -> Losses:
         """Those of the model as it is."""
@@ -190,6 +198,7 @@ class _Candidate(NamedTuple):
     rank: int
     saved: float
     losses: Losses
+    between: Callable[[], Halfway] | None
 
 
 def _best_rank(at: Callable[[int], _Candidate], rank: int, criterion: Criterion, base: Losses, least: int) -> _Weighed:
@@ -200,21 +209,21 @@ def _best_rank(at: Callable[[int], _Candidate], rank: int, criterion: Criterion,
     """
     single = rank - 1
 
-    def gains_more(one: _Candidate, losses: Losses, saved: float) -> bool:
-        return criterion.weigh(one.losses, losses, one.saved - saved).is_less
+    def gains_more(one: _Candidate, than: _Candidate) -> bool:
+        return criterion.weigh(one.losses, than.losses, one.saved - than.saved).is_less
 
     low, high = least, single
     # Most bonds lose nothing, so a single slice is tried first; bisection follows only if that pays.
-    if not gains_more(at(single), base, 0.0):
+    if not criterion.weigh(at(single).losses, base, at(single).saved, between=at(single).between).is_less:
         low = single
     while low < high:
         middle = (low + high) // 2
-        if gains_more(at(middle), at(middle + 1).losses, at(middle + 1).saved):
+        if gains_more(at(middle), at(middle + 1)):
             high = middle
         else:
             low = middle + 1
     best = at(high)
-    verdict = criterion.weigh(best.losses, base, best.saved, criterion.z)
+    verdict = criterion.weigh(best.losses, base, best.saved, criterion.z, best.between)
     return _Weighed(best.rank, verdict.expected, verdict.bound, best.saved, verdict.is_less)
 
 
@@ -228,9 +237,32 @@ def _candidates(tensor: LowRankTensor, bond: str, criterion: Criterion, *, moved
             _reduce(tensor, bond, size, None, moved=moved)
             saved = criterion.saved(before, tensor, 1 - size / whole)
             held = partial(_holding, tensor, [p.data for p in tensor.parameters()])
-        return _Candidate(size, saved, Losses(criterion.batches, held))
+        straight = bond != _ROWS and not _refits(tensor, size, moved=moved) and len(tensor.log_stds)
+        between = cache(partial(_halfway, tensor, bond, size, criterion)) if straight else None
+        return _Candidate(size, saved, Losses(criterion.batches, held), between)
 
     return at
+
+
+def _halfway(tensor: LowRankTensor, bond: str, size: int, criterion: Criterion) -> Halfway:
+    """The tensor with the slices that are to go at half their size, and what the data lose by the first bit of them."""
+    weakest = tensor.strengths(bond).argsort(descending=True, stable=True)[size:]
+    before = price_of(tensor, criterion.num_data)
+    with _trying(tensor):
+        _scale(tensor, bond, weakest, 1 - _BIT)
+        (slope,) = criterion.agree([criterion.beta * (before - price_of(tensor, criterion.num_data)) / _BIT])
+    with _trying(tensor):
+        _scale(tensor, bond, weakest, 0.5)
+        held = partial(_holding, tensor, [p.data for p in tensor.parameters()])
+    return Halfway(Losses(criterion.batches, held), slope)
+
+
+def _scale(tensor: LowRankTensor, bond: str, slices: Tensor, by: float) -> None:
+    """Scales the means of what slices add to a tensor; all factors that bear them take an equal part in it."""
+    places = tensor.layout.places(bond)
+    for factor, dim in places:
+        means = tensor.factors[factor].data
+        means.index_copy_(dim, slices, means.index_select(dim, slices) * by ** (1 / len(places)))
 
 
 def price_of(tensor: LowRankTensor, num_data: int) -> float:
@@ -249,10 +281,15 @@ def _reduce(tensor: LowRankTensor, bond: str, rank: int, optimizer: Optimizer | 
         tensor.keep_rows_(min(rank, tensor.rows), optimizer)
         return
     strongest = tensor.strengths(bond).argsort(descending=True, stable=True)[:rank].sort().values
-    if moved and isinstance(tensor.format, CP | TR) and rank and all(tensor.ranks.values()):
+    if _refits(tensor, rank, moved=moved):
         tensor.refit_(bond, strongest, optimizer)
     else:
         tensor.keep_slices_(bond, strongest, optimizer)
+
+
+def _refits(tensor: LowRankTensor, rank: int, *, moved: bool) -> bool:
+    """Whether the slices that stay take over what they can from those that go."""
+    return moved and isinstance(tensor.format, CP | TR) and rank > 0 and all(tensor.ranks.values())
 
 
 def apply_cuts_(tensor: LowRankTensor, found: list[RankChange], optimizer: Optimizer | None, *, moved: bool) -> None:

@@ -66,6 +66,14 @@ def select_ranks_(
     than a bare mention" (Kass, Raftery 1995): slices that have come to rest at the prior cost nothing and tell nothing,
     and would otherwise stay or go by chance.
 
+    Of many million examples a sample tells little about a weak slice: its share in d_i has either sign, and the sum over
+    i is far below the margin. Where that leaves doubt, and slices have standard deviations, d is also taken with S at
+    half its size. The part of d that is linear in S then drops out; its mean over all of the training set is known
+    where the bound is at rest: what the KL gains by the first bit of S that goes, times beta. What is left, of second
+    order in S, has the smaller margin by far (a control variate: Owen, Monte Carlo theory, methods and examples,
+    section 8.9). Parts of third order are neglected, so this decides only where it halves the standard error at least
+    and does not contradict the plain mean by more than four of them.
+
     A bond goes to the rank at which saved(S) - num_data * mean(d) is largest, if that passes; it is found by bisection
     in at most about 2 log2 of the rank evaluations of `nll`. For CP and the ring, whose slices overlap, the candidate
     is the best tensor of the smaller rank (least squares on Gram matrices; the weight is never formed). All cuts of a

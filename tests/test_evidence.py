@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import rankfall as rf
-from rankfall import _cuts, _evidence
+from rankfall import _cuts, _evidence, _losses
 
 N, NOISE = 2000, 0.1
 
@@ -155,6 +155,35 @@ def test_slices_at_rest_at_the_prior_go_and_the_others_stay(kind):
         rf.select_ranks_(layer, nll=nll, num_data=500)
     assert tensor.ranks[bond] == 1
     torch.testing.assert_close(layer(x), target, rtol=1e-2, atol=1e-2)
+
+
+def weak_and_strong(nats):
+    """A layer of rank 2 that knows its teacher, and NLL of 4,096 of a million examples; slice 2 is worth some nats."""
+    count, num_data, random = 4096, 1_000_000, torch.Generator().manual_seed(0)
+    layer = rf.nn.Linear(12, 20, bias=False, format=rf.TT(2, in_modes=(12,), out_modes=(20,)))
+    u, v = (torch.linalg.qr(torch.randn(size, 2, generator=random)).Q for size in (20, 12))
+    sizes = torch.tensor([1.0, math.sqrt(2 * nats / num_data)])
+    stds = torch.tensor([1 / math.sqrt(num_data), 0.3])  # What the data leave of the first; the prior's of the second.
+    with torch.no_grad():
+        for means, log_stds, values in zip(
+            layer.weight.factors, layer.weight.log_stds, (u * sizes.sqrt(), (v * sizes.sqrt()).T), strict=True
+        ):
+            means.copy_(values)
+            log_stds.copy_(stds.log().expand(20, 2) if values.shape[0] == 20 else stds.log()[:, None].expand(2, 12))
+    x = torch.randn(count, 12, generator=random)
+    y = x @ layer.weight.dense().detach().T + torch.randn(count, 20, generator=random)
+    return layer, lambda: (layer(x) - y).square().sum(1) / 2, num_data
+
+
+@pytest.mark.parametrize(("nats", "rank"), [(0.1, 1), (5.0, 2)])
+def test_weak_slices_are_weighed_by_few_of_many_examples(nats, rank, monkeypatch):
+    layer, nll, num_data = weak_and_strong(nats)
+    with monkeypatch.context() as patch:
+        patch.setattr(_losses, "_MUCH_SHARPER", 0.0)
+        assert rf.select_ranks_(layer, nll=nll, num_data=num_data) == []  # Lost in sampling error.
+    found = rf.select_ranks_(layer, nll=nll, num_data=num_data)
+    assert layer.weight.ranks == {"r1": rank}
+    assert all(nats < change.nll_cost < change.saved for change in found)
 
 
 @pytest.mark.parametrize(("cost", "rank"), [(0.9, 0), (1.1, 1)])

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from rankfall._losses import Losses, weigh
+from rankfall._losses import Halfway, Losses, weigh
 
 N, SIZE, DATA = 8192, 128, 1_000_000
 
@@ -101,3 +101,42 @@ def test_the_model_is_in_the_state_only_while_it_is_asked():
     losses.first(256)
     losses.first(128)
     assert entered == [True, False]
+
+
+def squares(first, second, seed=3):
+    """Losses f(s) = first (s - 1) + second (s - 1)^2 of examples with what is to go scaled by s = 1, 1/2 and 0."""
+    noise = torch.randn(2, N, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    a, b = (mean + std * drawn for (mean, std), drawn in zip((first, second), noise, strict=True))
+    return [Losses(Asked(a * (s - 1) + b * (s - 1) ** 2).batches) for s in (1.0, 0.5, 0.0)], (a, b)
+
+
+def test_a_known_first_order_part_is_not_sampled():
+    (other, half, one), (_, b) = squares((-2e-5, 0.02), (3e-5, 3e-5))
+    verdict = weigh(one, other, DATA, 60.0, z=2.0, between=lambda: Halfway(half, 20.0))
+    assert verdict.is_less
+    assert verdict.expected == pytest.approx(20.0 + DATA * float(b.mean()), rel=1e-6)
+    error = DATA * float(b.std()) * (1 / N - 1 / DATA) ** 0.5
+    assert verdict.bound - verdict.expected == pytest.approx(2 * error, rel=1e-6)
+    assert not weigh(one, other, DATA, 60.0, z=2.0).is_less  # The margin alone is 440 nats.
+
+
+@pytest.mark.parametrize(
+    ("second", "slope"),
+    [((3e-5, 0.015), 20.0), ((3e-5, 3e-5), 2000.0)],
+    ids=["the second order is sampled no better", "the bound is not at rest"],
+)
+def test_a_first_order_part_that_does_not_help_or_contradicts_is_left_alone(second, slope):
+    (other, half, one), _ = squares((-2e-5, 0.02), second)
+    found = weigh(one, other, DATA, 60.0, z=2.0, between=lambda: Halfway(half, slope))
+    assert found == weigh(one, other, DATA, 60.0, z=2.0)
+
+
+@pytest.mark.parametrize(
+    ("mean", "num_data"), [(1.0, DATA), (0.001, N)], ids=["clear at first sight", "all were asked"]
+)
+def test_the_state_between_is_asked_only_where_the_sample_leaves_doubt(mean, num_data):
+    def between():
+        raise AssertionError("asked")
+
+    one, zero = Losses(Asked(drawn(mean)).batches), Losses(Asked(torch.zeros(N)).batches)
+    weigh(one, zero, num_data, limit=-100.0, between=between)
