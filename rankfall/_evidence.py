@@ -66,8 +66,8 @@ def select_ranks_(
     than a bare mention" (Kass, Raftery 1995): slices that have come to rest at the prior cost nothing and tell nothing,
     and would otherwise stay or go by chance.
 
-    Of many million examples a sample tells little about a weak slice: its share in d_i has either sign, and the sum over
-    i is far below the margin. Where that leaves doubt, and slices have standard deviations, d is also taken with S at
+    Of many million examples a sample tells little about a weak slice: its share in d_i has either sign, and their sum
+    is far below the margin. Where that leaves doubt, and slices have standard deviations, d is also taken with S at
     half its size. The part of d that is linear in S then drops out; its mean over all of the training set is known
     where the bound is at rest: what the KL gains by the first bit of S that goes, times beta. What is left, of second
     order in S, has the smaller margin by far (a control variate: Owen, Monte Carlo theory, methods and examples,
