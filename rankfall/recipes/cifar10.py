@@ -100,9 +100,9 @@ def _convolution(width_in: int, width_out: int, stride: int = 1) -> list[nn.Modu
 
 
 def _vgg() -> nn.Module:
-    """Six convolutions as in Courbariaux et al., arXiv 1511.00363, at an eighth of their width, and a hidden layer."""
+    """Convolutions of Courbariaux et al., arXiv 1511.00363, at an eighth of their width; one of its hidden layers."""
     layers: list[nn.Module] = [_Normalised()]
-    width_in, hidden = 3, 256
+    width_in, hidden = 3, 1024
     for width in (16, 32, 64):
         layers += [*_convolution(width_in, width), nn.ReLU(), *_convolution(width, width), nn.ReLU(), nn.MaxPool2d(2)]
         width_in = width
@@ -142,7 +142,7 @@ RECIPE = Recipe(
     "cifar10",
     _load,
     {
-        "vgg": Network(_vgg, epochs=20, batch_size=128, lr=1e-3, max_rank=24, kl_warmup=3),
+        "vgg": Network(_vgg, epochs=20, batch_size=128, lr=1e-3, max_rank=48, kl_warmup=6),
         "resnet20": Network(_resnet20, epochs=40, batch_size=128, lr=1e-3, max_rank=16),
     },
 )

@@ -151,12 +151,12 @@ class Encoder(nn.Module):
 _WORDS = ((25_000, 1), (1, 256))
 
 
-def _network(make: Callable[[], nn.Module], lr: float) -> Network:
+def _network(make: Callable[[], nn.Module], lr: float, epochs: int, kl_warmup: int) -> Network:
     # The data have 25,000 bits to tell and a fresh posterior costs several nats an entry: unless the reviews speak
     # first, the KL silences them. A pass over texts takes long, so the evidence test looks at fewer of them.
     modes = {"embedding": _WORDS}
-    return Network(make, epochs=10, batch_size=64, lr=lr, max_rank=8, kl_warmup=3, test_examples=2048, modes=modes)
+    return Network(make, epochs, batch_size=64, lr=lr, max_rank=8, kl_warmup=kl_warmup, test_examples=2048, modes=modes)
 
 
-RECIPE = Recipe("imdb", _load, {"lstm": _network(Reader, lr=1e-3)}, length=128)
-TRANSFORMER = Recipe("transformer", _load, {"encoder": _network(Encoder, lr=5e-4)}, length=128)
+RECIPE = Recipe("imdb", _load, {"lstm": _network(Reader, lr=1e-3, epochs=20, kl_warmup=6)}, length=128)
+TRANSFORMER = Recipe("transformer", _load, {"encoder": _network(Encoder, lr=5e-4, epochs=10, kl_warmup=3)}, length=128)
