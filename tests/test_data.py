@@ -73,7 +73,7 @@ def test_shifted_pictures_hold_what_was_there():
         assert abs(int(steps[0, 0])) == 1
 
 
-@pytest.mark.parametrize(("name", "size"), [("vgg", 337_530), ("resnet20", 269_722)])
+@pytest.mark.parametrize(("name", "size"), [("vgg", 1_133_178), ("resnet20", 269_722)])
 def test_networks_of_pictures_run_dense_and_tensorized(name, size):
     network = cifar10.RECIPE.network(name)
     model = network.make()
