@@ -210,7 +210,7 @@ def _best_rank(at: Callable[[int], _Candidate], rank: int, criterion: Criterion,
     single = rank - 1
 
     def gains_more(one: _Candidate, than: _Candidate) -> bool:
-        return criterion.weigh(one.losses, than.losses, one.saved - than.saved).is_less
+        return criterion.weigh(one.losses, than.losses, one.saved - than.saved, between=_between(one, than)).is_less
 
     low, high = least, single
     # Most bonds lose nothing, so a single slice is tried first; bisection follows only if that pays.
@@ -225,6 +225,11 @@ def _best_rank(at: Callable[[int], _Candidate], rank: int, criterion: Criterion,
     best = at(high)
     verdict = criterion.weigh(best.losses, base, best.saved, criterion.z, best.between)
     return _Weighed(best.rank, verdict.expected, verdict.bound, best.saved, verdict.is_less)
+
+
+def _between(one: _Candidate, other: _Candidate) -> Callable[[], Halfway] | None:
+    first, second = one.between, other.between
+    return None if first is None or second is None else lambda: first().less(second())
 
 
 def _candidates(tensor: LowRankTensor, bond: str, criterion: Criterion, *, moved: bool) -> Callable[[int], _Candidate]:

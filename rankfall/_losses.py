@@ -54,10 +54,17 @@ class Halfway(NamedTuple):
         losses: The losses there.
         slope: What the data would lose over all of the training set, in nats, if what is to go went on costing what
             the very first bit of it does. Where the bound is at rest, that is what the prior side gains by the bit.
+        others: Where two states are weighed in both of which something is gone, the losses in the second with half of
+            that; the slope is then the difference of both.
     """
 
     losses: Losses
     slope: float
+    others: Losses | None = None
+
+    def less(self, other: "Halfway") -> "Halfway":
+        """Of this state against another."""
+        return Halfway(self.losses, self.slope - other.slope, other.losses)
 
 
 class Verdict(NamedTuple):
@@ -104,12 +111,15 @@ def _sharper(
     """(expected, standard error) of the loss by `one` with its first-order part known instead of sampled, if better.
 
     With f(s) the NLL of what is to go scaled by s, f(0) - f(1) = -f'(1) + f''/2 to second order, and the second part
-    is 2 f(0) - 4 f(1/2) + 2 f(1). An example's share in the first part has either sign and is of the order of the
-    slice, that in the second of its square: weak slices are weighed by far fewer examples. The first part is a control
-    variate (Owen, Monte Carlo theory, methods and examples, section 8.9) whose mean is known at a stationary point.
+    is 2 f(0) - 2 f(1) - 4 (f(1/2) - f(1)). An example's share in the first part has either sign and is of the order of
+    the slice, that in the second of its square: weak slices are weighed by far fewer examples. The first part is a
+    control variate (Owen, Monte Carlo theory, methods and examples, section 8.9) whose mean is known at a stationary
+    point.
     """
-    half = between.losses.first(len(one))[: len(one)]
-    curvature, error = agree(_total(2 * (one - half) - 2 * (half - other), num_data))
+    half, other_half = (
+        other if losses is None else losses.first(len(one))[: len(one)] for losses in (between.losses, between.others)
+    )
+    curvature, error = agree(_total(2 * (one - other) - 4 * (half - other_half), num_data))
     expected = curvature + between.slope
     # Two estimates of one number: where they contradict each other, the bound was not at rest.
     agrees = abs(expected - plain[0]) <= _SURE * plain[1]

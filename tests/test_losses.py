@@ -120,6 +120,17 @@ def test_a_known_first_order_part_is_not_sampled():
     assert not weigh(one, other, DATA, 60.0, z=2.0).is_less  # The margin alone is 440 nats.
 
 
+def test_two_states_in_both_of_which_something_is_gone():
+    (whole, half, one), (_, b) = squares((-2e-5, 0.02), (3e-5, 3e-5))
+    (_, other_half, other), (_, c) = squares((-1e-5, 0.02), (1e-5, 1e-5), seed=4)
+    both = Halfway(half, 20.0).less(Halfway(other_half, 10.0))
+    verdict = weigh(one, other, DATA, 40.0, between=lambda: both)
+    assert verdict.expected == pytest.approx(10.0 + DATA * float((b - c).mean()), rel=1e-6)
+    by_one = weigh(one, whole, DATA, 40.0, between=lambda: Halfway(half, 20.0)).expected
+    by_other = weigh(other, whole, DATA, 40.0, between=lambda: Halfway(other_half, 10.0)).expected
+    assert verdict.expected == pytest.approx(by_one - by_other, rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("second", "slope"),
     [((3e-5, 0.015), 20.0), ((3e-5, 3e-5), 2000.0)],
