@@ -36,7 +36,7 @@ from rankfall.recipes._recipe import Network, Recipe
 _ALL = (digits.RECIPE, mnist.RECIPE, cifar10.RECIPE, imdb.RECIPE, imdb.TRANSFORMER, criteo.RECIPE)
 RECIPES = {recipe.name: recipe for recipe in _ALL}
 _ADAM = 4  # Of each parameter, its gradient and two moments are kept beside it.
-_TEST_BATCHES = 8  # Batches of training that one forward pass takes when the test set is measured.
+_TEST_BATCHES = 2  # Batches of training that one forward pass takes when the test set is measured.
 
 
 def train(options: TrainOptions, *, progress: bool = True) -> tuple[RunFolder, nn.Module, dict[str, Any]]:
