@@ -26,12 +26,14 @@ def is_first_started() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def leave() -> None:
-    """Leaves the processes of the run, at its end."""
-    if dist.is_initialized():
-        # Where one is gone while another still ends, gloo's threads may abort the latter.
-        dist.barrier()
-        dist.destroy_process_group()
+def leave() -> bool:
+    """Leaves the processes of the run, at its end; returns whether there were any."""
+    if not dist.is_initialized():
+        return False
+    # Where one is gone while another still ends, gloo's threads may abort the latter.
+    dist.barrier()
+    dist.destroy_process_group()
+    return True
 
 
 def is_elsewhere(error: Exception) -> bool:

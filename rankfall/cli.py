@@ -3,6 +3,7 @@
 
 import importlib
 import io
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -64,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         _start(options)
         command(options)
-        leave()
+        if leave():
+            _end()
     except (ValueError, TypeError, OSError, ImportError) as error:
         if is_elsewhere(error):
             time.sleep(_OTHERS_SPEAK)
@@ -75,6 +77,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if is_first_started():
             print(f"rankfall: interrupted; {goes_on}.", file=sys.stderr)
         sys.exit(130)
+
+
+def _end() -> None:
+    """Ends one of several processes, all of whose work is done, at once.
+
+    A thread of gloo that still clears up would ask for an interpreter that is going, and abort the process (exit code
+    -6), which torchrun takes for a failure of the run.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _parsed(arguments: Sequence[str] | None) -> Any:  # noqa: ANN401  one of _COMMANDS
