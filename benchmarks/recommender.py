@@ -9,6 +9,7 @@ rival in a process of its own; medians. Rivals:
     dense    all tables dense (17 GB) with sparse gradients and SGD, the two networks dense with Adam
     five     the five largest tables as TT-matrices of rank 16 with Adam, all else as in `dense`
     whole    every table and every weight as a TT-matrix at the start ranks of the recipe, MeanField and KL, Adam
+    wholeR   the same from rank R, for example whole2: what a step costs once ranks have fallen
 
 Dense tables hold one number everywhere: their speed does not depend on their content, and drawing it takes minutes.
 """
@@ -36,7 +37,7 @@ from rankfall.recipes._recommender import KAGGLE_SIZES, Recommender, table_modes
 from rankfall.recipes._run import RECIPES, build_model
 
 _LARGEST = sorted(range(len(KAGGLE_SIZES)), key=lambda k: -KAGGLE_SIZES[k])[:5]
-_RIVALS = ("dense", "five", "whole")
+_RIVALS = ("dense", "five", "whole", "whole4", "whole2")
 _SETS = 8  # Batches that take turns.
 
 Step = Callable[[Tensor, Tensor], None]
@@ -69,7 +70,7 @@ def _measured(rival: str, batch: int, rounds: int) -> dict[str, float]:
     torch.set_num_threads(1)
     keep_pages()
     torch.manual_seed(0)
-    step = _whole() if rival == "whole" else _with_dense_tables(_LARGEST if rival == "five" else [])
+    step = _whole(rival) if rival.startswith("whole") else _with_dense_tables(_LARGEST if rival == "five" else [])
     generator = torch.Generator().manual_seed(1)
     rows = [draw(batch, KAGGLE_SIZES, generator) for _ in range(_SETS)]
     labels = [torch.randint(0, 2, (batch,), generator=generator) for _ in range(_SETS)]
@@ -83,9 +84,10 @@ def _measured(rival: str, batch: int, rounds: int) -> dict[str, float]:
     return {"median": median, "low": low, "high": high, "resident": 1024 * int(line.split()[1])}
 
 
-def _whole() -> Step:
-    network = RECIPES["criteo"].network(None)
-    model = build_model(network, TrainOptions("criteo", synthetic=True))
+def _whole(rival: str) -> Step:
+    network, rank = RECIPES["criteo"].network(None), rival.removeprefix("whole")
+    options = TrainOptions("criteo", synthetic=True, max_rank=int(rank) if rank else None)
+    model = build_model(network, options)
     optimizer, sample = torch.optim.Adam(rf.parameter_groups(model, network.lr), fused=True), JointDraw(model)
 
     def step(rows: Tensor, labels: Tensor) -> None:
