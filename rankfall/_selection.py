@@ -27,6 +27,7 @@ _HOPE = (
 _EXAMPLES, _ONE_IN = 8192, 256  # Examples of a test, and the part of a large training set that they are.
 _OVERCHARGE = 0.5  # What the rest of the run may still take off the price of the weights when they are tested.
 _PROMISE = 0.1  # What the rest of the run may still promise, as a part of what was learned, for a loss to be settled.
+_LAST_PROMISE = 0.5  # The same at the last test, if there was none before.
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Evidence:
     that remains of the run would lower it by less than a tenth of what it has been lowered so far; and when that is so
     of the bound as well, price of the weights included, or the price could at most be halved by the end. After a change
     it gets two epochs at least; after a test that cut nothing the wait doubles. The last test comes at four fifths of
-    the run; after that what is left can settle.
+    the run; after that what is left can settle. If there was none before, half of what has been learned may be to come.
 
     The test knows what a cut costs at once, not what training wins back. So when it cuts nothing, the cut that came
     nearest to paying is tried, if it costs less than twice what it saves. Four epochs later the same criterion is put
@@ -125,7 +126,9 @@ def next_step(history: Sequence[Record], epochs: int, first: int, can_grow: bool
     if now == stop and kind in ("grow", "try"):  # What was given back, or taken on trial, is judged in any case.
         return "ask" if kind == "grow" else "judge"
     wait = _TRIAL if kind == "try" else _patience(history, events)
-    if (now < stop and now - last_event < wait) or not _settled(history, max(last_event, first), epochs):
+    # On data seen once the likelihood may rise to the end: what never came to rest is asked when it is nearly there.
+    promise = _LAST_PROMISE if now == stop and not events else _PROMISE
+    if (now < stop and now - last_event < wait) or not _settled(history, max(last_event, first), epochs, promise):
         return "wait"
     if kind == "try":
         return "judge"
@@ -148,8 +151,10 @@ def _patience(history: Sequence[Record], events: Sequence[int]) -> int:
     return _COOLDOWN * 2 ** max(fruitless - 1, 0)
 
 
-def _settled(history: Sequence[Record], start: int, epochs: int) -> bool:
+def _settled(history: Sequence[Record], start: int, epochs: int, promise: float) -> bool:
     """Whether the data's side of the bound, and the bound as a whole, have come to rest since an epoch.
+
+    At rest is what promises, for the rest of the run, no more than a part of what was learned.
 
     The data settle first. While the price of the weights still falls, removing anything seems to pay: what the test
     saves is a price that training is about to lower by itself.
@@ -160,7 +165,7 @@ def _settled(history: Sequence[Record], start: int, epochs: int) -> bool:
     left = epochs - len(history)
     error, learned = history[-1]["nll_error"], history[0]["nll"] - min(record["nll"] for record in history)
     nll, price = ((recent[0][name] - recent[-1][name]) / _COOLDOWN for name in ("nll", "price"))
-    of_data, of_bound = (pace < error or pace * left < _PROMISE * learned for pace in (nll, nll + price))
+    of_data, of_bound = (pace < error or pace * left < promise * learned for pace in (nll, nll + price))
     return of_data and (of_bound or price * left < _OVERCHARGE * recent[-1]["price"])
 
 

@@ -178,6 +178,19 @@ def test_the_cheapest_cut_for_what_it_saves_is_tried_and_once_only():
     assert _selection.trial(elsewhere, [hopeless, dear, cheap]) == cheap
 
 
+@pytest.mark.parametrize(("events", "step"), [({}, "ask"), ({60: "cut"}, "wait")])
+def test_a_run_that_does_not_come_to_rest_is_asked_once(events, step):
+    losses = [2.0, *(1.5 - 0.01 * k for k in range(80))]  # Up to four fifths of the run.
+    prices = [10.0 - 0.01 * k for k in range(81)]
+    assert next_step(records(losses, events, prices=prices), EPOCHS, 5) == step
+    assert next_step(records(losses[:-1], events, prices=prices[:-1]), EPOCHS, 5) == "wait"
+
+
+def test_a_run_that_has_most_to_learn_yet_is_not_asked():
+    losses = [2.0] * 77 + [1.9, 1.8, 1.7, 1.6]
+    assert next_step(records(losses), EPOCHS, 5) == "wait"
+
+
 def test_a_run_too_short_to_settle_is_not_cut():
     for epochs in (1, 2, 3):
         for count in range(1, epochs + 1):
