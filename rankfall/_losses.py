@@ -96,10 +96,11 @@ def weigh(
         n = min(len(a), len(b))
         a, b = a[:n], b[:n]
         expected, error = agree(_total(torch.where(a == b, 0.0, a - b), num_data))
-        if abs(expected - limit) > sure * error and not (one.complete and other.complete):
+        clear, complete = abs(expected - limit) > sure * error, one.complete and other.complete
+        if clear and not complete:
             return Verdict(expected, expected + sure * error, expected < limit)
-        if one.complete and other.complete:
-            if between is not None and abs(expected - limit) <= sure * error:
+        if complete:
+            if between is not None and not clear:
                 expected, error = _sharper(a, b, between(), num_data, (expected, error), agree)
             return Verdict(expected, expected + z * error, expected + z * error < limit)
         count = 2 * n

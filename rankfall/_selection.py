@@ -38,7 +38,8 @@ class Evidence:
     that remains of the run would lower it by less than a tenth of what it has been lowered so far; and when that is so
     of the bound as well, price of the weights included, or the price could at most be halved by the end. After a change
     it gets two epochs at least; after a test that cut nothing the wait doubles. The last test comes at four fifths of
-    the run; after that what is left can settle. If there was none before, half of what has been learned may be to come.
+    the run; after that what is left can settle. If none came before it, it comes also where the rest
+    of the run may still lower the NLL, or the bound, by up to half of what was learned.
 
     The test knows what a cut costs at once, not what training wins back. So when it cuts nothing, the cut that came
     nearest to paying is tried, if it costs less than twice what it saves. Four epochs later the same criterion is put
