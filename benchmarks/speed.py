@@ -6,8 +6,9 @@
 Forward and backward pass (and Adam for tables) in float32 on one thread. The rivals of a case take turns, so that what
 else the machine does falls on all of them; medians of the rounds. The limit is the time of the arithmetic at the speed
 of a large matrix product, or of the bytes at the speed of a large copy, whichever is longer; both are measured first.
-All rivals run with memory that stays with the process, as `rankfall train` does: without it the page faults of large
-outputs hide the differences.
+Each case is written to the file of `--out` as it is done; what stands there from the same machine is not measured
+again. All rivals run with memory that stays with the process, as `rankfall train` does: without it the page faults of
+large outputs hide the differences.
 Peak memory is that of a fresh process for each rival. Peers that are not installed are left out; _peers.py says how
 they are installed.
 """
@@ -24,6 +25,7 @@ import torch
 from _cases import Case, Step, cases
 from _report import machine, table
 
+from rankfall._files import write_atomic
 from rankfall._pages import keep_pages
 
 _PEER_SECONDS = 120  # A rival whose first step takes longer is left out.
@@ -50,8 +52,9 @@ def main() -> None:
         parser.error(f"no case {unknown[0]}; there are {', '.join(known)}")
     flops, bandwidth = _speeds()
     print(f"{machine(1)}; {flops / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.0f} GB/s\n", flush=True)
-    results = []
-    for name in options.cases or known:
+    results = _earlier(options.out)
+    done = {result["case"] for result in results}
+    for name in [name for name in options.cases or known if name not in done]:
         case = known[name]
         rivals = [r for r in case.make if not options.no_peers or r.startswith(("dense", "rankfall"))]
         result = _timed(case, rivals, options.rounds)
@@ -60,14 +63,20 @@ def main() -> None:
             result["memory"] = {r: _measured_peak(name, r) for r in rivals}
         results.append({"case": name, "what": case.what, **result})
         print(f"{name}: " + ", ".join(f"{r} {ms:.2f} ms" for r, ms in result["ms"].items()), flush=True)
+        if options.out:
+            content = {"machine": machine(1), "gflops": flops / 1e9, "gbytes": bandwidth / 1e9, "cases": results}
+            write_atomic(options.out, lambda p, content=content: p.write_text(json.dumps(content, indent=2) + "\n"))
     print("\n" + _markdown(results))
-    if options.out:
-        content = {"machine": machine(1), "gflops": flops / 1e9, "gbytes": bandwidth / 1e9, "cases": results}
-        options.out.write_text(json.dumps(content, indent=2) + "\n")
     if options.plot:
         from _speed_picture import draw  # noqa: PLC0415  only a picture needs matplotlib
 
         draw(results, machine(1), options.plot)
+
+
+def _earlier(path: Path | None) -> list[dict]:
+    """The cases that a file has of this machine."""
+    content = json.loads(path.read_text()) if path and path.is_file() else {}
+    return content["cases"] if content.get("machine") == machine(1) else []
 
 
 def _speeds() -> tuple[float, float]:

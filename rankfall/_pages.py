@@ -6,7 +6,7 @@ import os
 import sys
 
 # glibc's mallopt(3).
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
 _LARGEST_INT = 2**31 - 1
 _TOP = 64 << 20
 
@@ -29,4 +29,5 @@ def keep_pages() -> bool:
     return all(told)
 
 
-_SETTINGS = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, _LARGEST_INT), (_TOP_PAD, _TOP))
+# One arena, since what a thread that makes batches has freed is otherwise of no use to the one that trains.
+_SETTINGS = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, _LARGEST_INT), (_TOP_PAD, _TOP), (_ARENA_MAX, 1))

@@ -172,6 +172,15 @@ def test_a_recipe_has_a_usual_format():
     assert [tuple(f.shape) for f in model.embedding.weight.factors] == [(25_000, 8), (8, 256)]
 
 
+def test_a_network_may_hold_some_layers_in_another_way_unless_told_otherwise():
+    network = RECIPES["criteo"].network(None)
+    usual = build_model(network, TrainOptions("criteo", synthetic=True))
+    assert {type(table.weight.format) for table in usual.tables} == {rf.TTM}
+    assert {type(layer.weight.format) for part in (usual.bottom, usual.top) for layer in part[::2]} == {rf.TT}
+    told = build_model(network, TrainOptions("criteo", synthetic=True, format="ttm"))
+    assert {type(tensor.format) for tensor in told.modules() if isinstance(tensor, rf.LowRankTensor)} == {rf.TTM}
+
+
 @pytest.mark.parametrize(
     ("name", "modes", "expected"),
     [

@@ -9,7 +9,7 @@ from torch import nn
 
 from rankfall._layout import Modes
 from rankfall.recipes._data import Data
-from rankfall.recipes._options import MethodName
+from rankfall.recipes._options import FormatName, MethodName
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Network:
         test_examples: Training examples that the evidence test looks at; None as rf.Evidence has it.
         modes: The (out_modes, in_modes) of a layer by its path, as a TT-matrix takes them; others are chosen.
         ranks: The rank at the start of a layer by its path, where it is not `max_rank`.
+        formats: How a layer by its path is held where it is not as the recipe usually holds weights, unless `--format`
+            holds all of them in one way.
         baselines: Methods that only this network has, by their names: each changes the network of a fixed rank, in
             place, so that the whole has at most so many parameters.
     """
@@ -40,6 +42,7 @@ class Network:
     test_examples: int | None = None
     modes: Mapping[str, tuple[Modes, Modes]] = field(default_factory=dict)
     ranks: Mapping[str, int] = field(default_factory=dict)
+    formats: Mapping[str, FormatName] = field(default_factory=dict)
     baselines: Mapping[MethodName, Callable[[nn.Module, int], object]] = field(default_factory=dict)
 
 

@@ -193,7 +193,8 @@ def to_format(model: nn.Module, network: Network, options: TrainOptions, *, from
 
     def format_of(path: str | None = None) -> Format:
         rank = options.max_rank or network.ranks.get(path or "", network.max_rank)
-        return make_format(options.held, rank, network.modes.get(path or ""))
+        name = options.format or network.formats.get(path or "", options.held)
+        return make_format(name, rank, network.modes.get(path or ""))
 
     convert = partial(
         tensorize_,
@@ -202,7 +203,7 @@ def to_format(model: nn.Module, network: Network, options: TrainOptions, *, from
         from_dense=from_dense,
         device=torch.get_default_device(),
     )
-    for path in {**network.ranks, **network.modes}:
+    for path in {**network.ranks, **network.modes, **network.formats}:
         convert(model, format_of(path), filter_fn=lambda _, p, path=path: p == path)
     if any(conversion_of(module) for module in model.modules()):
         convert(model, format_of())

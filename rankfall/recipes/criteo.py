@@ -14,7 +14,7 @@ from rankfall.recipes._clicks import Clicks, ClickStream, Truth, make_clicks
 from rankfall.recipes._data import Data
 from rankfall.recipes._hashed import DROP_TABLE, HASHING, QUOTIENT_REMAINDER, Saving, save_rows_
 from rankfall.recipes._metrics import click_figures, figures
-from rankfall.recipes._options import MethodName
+from rankfall.recipes._options import FormatName, MethodName
 from rankfall.recipes._prepare import INDEX
 from rankfall.recipes._recipe import Network, Recipe
 from rankfall.recipes._recommender import KAGGLE_SIZES, Recommender, table_modes
@@ -93,7 +93,11 @@ def of_sizes(network: Network, sizes: tuple[int, ...]) -> Network:
     return replace(network, make=partial(Recommender, sizes), modes=modes, ranks=ranks, baselines=baselines)
 
 
-_DLRM = Network(Recommender, epochs=16, batch_size=1024, lr=2e-3, max_rank=8, kl_warmup=2)
+# A tensor train is two thin matrices to a batch; a TT-matrix of usual ranks has to be formed.
+_THIN: dict[str, FormatName] = {
+    f"{part}.{2 * k}": "tt" for part, layers in (("bottom", 4), ("top", 3)) for k in range(layers)
+}
+_DLRM = Network(Recommender, epochs=16, batch_size=1024, lr=5e-4, max_rank=8, kl_warmup=2, formats=_THIN)
 # With the usual batches a few thousand rows are a few hundred steps, in which the KL does not come to rest. A KL that
 # comes in at once presses all tables to the prior before they have learned anything.
 _ON_FEW: dict[str, Any] = {"epochs": 40, "batch_size": 128, "lr": 5e-4, "kl_warmup": 12}
