@@ -19,7 +19,7 @@ LEAST_RANK = 16
 
 # How much longer than counted it takes to form a tensor pair by pair: small products, and copies of the whole.
 _SLOWER_IN_PAIRS = 2
-_NARROW = 16  # Columns of the right matrix at which each product of a batched product runs at half of its speed.
+NARROW = 16  # Columns, or inner ones, at which a product of many rows runs at half of its speed.
 
 
 def _flat_modes(layout: Layout) -> Axes:
@@ -77,6 +77,15 @@ def matrices(
     if not first:
         return None, b
     return _matrix(layout, factors, pair.first, (*rows, *joint), len(rows))[: layout.shape[0]], b
+
+
+def thin_matrices(layout: Layout, factors: Sequence[Tensor], pair: Halves) -> tuple[Tensor, Tensor]:
+    """The same, both with the joint ranks first: (joint ranks, first axis) and (joint ranks, second axis)."""
+    first, second = (
+        _matrix(layout, factors, which, (*pair.joint, *axes), len(pair.joint))[:, :size]
+        for which, axes, size in zip((pair.first, pair.second), layout.axes, layout.shape, strict=True)
+    )
+    return first, second
 
 
 def _matrix(layout: Layout, factors: Sequence[Tensor], which: Sequence[int], axes: Axes, leading: int) -> Tensor:
@@ -201,7 +210,7 @@ def mixed(left: Float[Tensor, "p q"], right: Float[Tensor, "n q s"]) -> Float[Te
 def effort_of_mixed(n: int, p: int, q: int, s: int) -> int:
     """How many operations of one large product take as long as `mixed` on these sizes."""
     flops = 2 * n * p * q * s
-    return flops if s == 1 else round(flops * (1 + _NARROW / max(s, 1))) + machine().flops_per_call * n
+    return flops if s == 1 else round(flops * (1 + NARROW / max(s, 1))) + machine().flops_per_call * n
 
 
 _WORTH_A_CALL = 1_000_000  # Operations of a product beside which the call of it costs little.

@@ -54,6 +54,22 @@ def test_rows_are_those_of_the_dense_table(kind, shape, posterior):
     check_rows(t, torch.zeros(0, 3, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_rows_do_not_depend_on_the_number_of_threads(kind, threads, monkeypatch):
+    monkeypatch.setattr(_lookup, "_MANY", 0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check_rows(make(kind(4), (97, 6)), torch.randint(97, (5, 4)))
+        check_rows(make(kind(4), (97, 6)), torch.randint(97, (3,), dtype=torch.int32))
+        check_rows(make(kind(4), (97, 6)), torch.zeros(0, 3, dtype=torch.int64))
+        t = make(kind(2), (7, 4), posterior=rf.Point())
+        layer, ids = layer_around(t), torch.tensor([3, 6, 3])
+        assert torch.autograd.gradgradcheck(lambda *_: layer(ids), tuple(t.factors))
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_all_ways_give_the_same_rows_and_bags(kind, shape, monkeypatch):
     t = make(kind(3), shape)

@@ -103,6 +103,30 @@ def test_second_derivatives_of_a_cut():
     assert torch.autograd.gradgradcheck(_contract.mixed, inputs)
 
 
+@pytest.mark.parametrize("rank", [3, 20])
+@pytest.mark.parametrize("bias", [True, False])
+def test_derivatives_of_two_thin_matrices(rank, bias, monkeypatch):
+    t = laws.make(rf.TT(rank, out_modes=(24,), in_modes=(22,)), (24, 22), posterior=rf.Point())
+    monkeypatch.setattr(_matmul, "linear_way", lambda *given: _way(_matmul.linear_ways(*given), "halves"))
+    factors = list(t.factors)
+    x = torch.randn(4, 22, dtype=torch.float64, requires_grad=True)
+    others = (torch.randn(24, dtype=torch.float64, requires_grad=True),) if bias else ()
+
+    def layer(x, *rest):
+        return _matmul.linear(t.layout, factors, x, *rest)
+
+    laws.close(layer(x, *others), x @ laws.naive_dense(t, factors).T + (others[0] if bias else 0))
+    inputs = (x, *others, *factors)
+    assert torch.autograd.gradcheck(lambda *given: layer(*given[: 1 + bias]), inputs)
+    assert torch.autograd.gradgradcheck(lambda *given: layer(*given[: 1 + bias]), inputs)
+    laws.close(torch.func.vmap(lambda row: layer(row.unsqueeze(0), *others)[0])(x), layer(x, *others))
+    check_linear(t)
+
+
+def _way(ways, kind):
+    return next(way for way in ways if way.kind == kind)
+
+
 # Few rows and many, since the planner forms the weight for one and not for the other.
 @pytest.mark.parametrize("batch", [(), (1,), (0,), (500,)], ids=str)
 def test_linear_of_any_batch(kind, batch):

@@ -3,7 +3,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 import tyro
 
@@ -31,7 +31,7 @@ def _left_out(metavar: str) -> Any:  # noqa: ANN401  tyro keeps the type to itse
 OptionalFolder: TypeAlias = Annotated[Path | None, _left_out("DIR")]
 OptionalNumber: TypeAlias = Annotated[int | None, _left_out("INT")]
 OptionalName: TypeAlias = Annotated[str | None, _left_out("NAME")]
-OptionalFormat: TypeAlias = Annotated[FormatName | None, _left_out("{cp,tucker,tt,ttm,tr}")]
+OptionalFormat: TypeAlias = Annotated[FormatName | None, _left_out(f"{{{','.join(get_args(FormatName))}}}")]
 _FORMATS: dict[str, type[Format]] = {"cp": CP, "tucker": Tucker, "tt": TT, "ttm": TTM, "tr": TR}
 
 
