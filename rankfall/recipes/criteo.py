@@ -97,10 +97,12 @@ def of_sizes(network: Network, sizes: tuple[int, ...]) -> Network:
 _THIN: dict[str, FormatName] = {
     f"{part}.{2 * k}": "tt" for part, layers in (("bottom", 4), ("top", 3)) for k in range(layers)
 }
-_DLRM = Network(Recommender, epochs=16, batch_size=1024, lr=5e-4, max_rank=8, kl_warmup=2, formats=_THIN)
+_DLRM = Network(
+    Recommender, epochs=16, batch_size=1024, lr=5e-4, max_rank=8, kl_warmup=2, test_examples=65_536, formats=_THIN
+)
 # With the usual batches a few thousand rows are a few hundred steps, in which the KL does not come to rest. A KL that
 # comes in at once presses all tables to the prior before they have learned anything.
-_ON_FEW: dict[str, Any] = {"epochs": 40, "batch_size": 128, "lr": 5e-4, "kl_warmup": 12}
+_ON_FEW: dict[str, Any] = {"epochs": 40, "batch_size": 128, "lr": 5e-4, "kl_warmup": 12, "test_examples": None}
 _TABLE_RANK = 3
 _SAVINGS: dict[MethodName, Saving] = {
     "drop-table": DROP_TABLE,
