@@ -236,6 +236,16 @@ def test_modes_hold_every_row(rows):
     assert width[0] * width[1] * width[2] == 128
 
 
+def test_the_parts_of_the_truth_add_up_to_it():
+    truth = _clicks.Truth(SIZES)
+    rows = _clicks.draw(700, SIZES, torch.Generator().manual_seed(0))
+    alone, pairs = truth.parts(rows)
+    assert alone.shape == pairs.shape == (700, 27)
+    rest = truth(rows) - alone.sum(1) - pairs.sum(1)
+    assert torch.allclose(rest, rest[:1], atol=1e-4)
+    assert float(pairs.std()) > 0.01
+
+
 def test_made_up_rows_are_those_of_their_seed():
     truth = _clicks.Truth(SIZES)
     few, many = (_clicks.make_clicks(count, 3, truth) for count in (50, 70_000))

@@ -79,6 +79,19 @@ class Truth:
         found = nn.functional.embedding_bag(digits.flatten(0, 1), self._says, mode="sum").view(len(rows), -1, WIDTH)
         return torch.cat([counts.unsqueeze(1), found], 1)
 
+    def parts(self, rows: Int[Tensor, "n columns"]) -> tuple[Float[Tensor, "n vectors"], Float[Tensor, "n vectors"]]:
+        """What each vector adds to the log odds by itself, and in its pairs, of which it gets one half each.
+
+        All of it adds up to the log odds, but for a.
+        """
+        alone, pairs = [], []
+        for few in rows.split(_FEW):
+            vectors = self.vectors(few)
+            signed = vectors * self._signs.unsqueeze(1)
+            alone.append(vectors @ self._alone)
+            pairs.append((signed * (signed.sum(1, keepdim=True) - signed)).sum(2) / 2)
+        return self._scale * torch.cat(alone), self._scale * self._of_pairs * torch.cat(pairs)
+
     def _scores(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         # A few rows at a time, whose vectors stay in the processor's cache.
         return tuple(map(torch.cat, zip(*map(self._few_scores, rows.split(_FEW)), strict=True)))  # pyright: ignore
