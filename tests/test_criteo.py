@@ -191,8 +191,8 @@ def test_prepare_and_train(tmp_path, monkeypatch, capsys, method):
 def test_on_few_rows_training_is_longer_and_in_smaller_batches(tmp_path, monkeypatch):
     _, out = prepared(tmp_path, click_lines(30))
     few, many = criteo.RECIPE.network(None, out), criteo.RECIPE.network(None)
-    assert (few.batch_size, few.lr, few.epochs) == (128, 5e-4, 40)
-    assert (many.batch_size, many.lr, many.epochs) == (1024, 5e-4, 16)
+    assert (few.batch_size, few.lr, few.epochs, len(few.formats)) == (128, 5e-4, 40, 0)
+    assert (many.batch_size, many.lr, many.epochs, len(many.formats)) == (1024, 5e-4, 16, 7)
     monkeypatch.setattr(criteo, "_FEW", 10)
     assert criteo.RECIPE.network(None, out).batch_size == 1024
 
