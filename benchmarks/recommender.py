@@ -8,8 +8,9 @@ rival in a process of its own; medians. Rivals:
 
     dense    all tables dense (17 GB) with sparse gradients and SGD, the two networks dense with Adam
     five     the five largest tables as TT-matrices of rank 16 with Adam, all else as in `dense`
-    whole    every table and every weight as a TT-matrix at the start ranks of the recipe, MeanField and KL, Adam
-    wholeR   the same from rank R, for example whole2: what a step costs once ranks have fallen
+    whole    every table as a TT-matrix and every weight as a tensor train, as the recipe has them at its start ranks,
+             MeanField and KL, Adam
+    wholeR   the same with every bond of rank R, for example whole2: what a step costs once ranks have fallen
 
 Dense tables hold one number everywhere: their speed does not depend on their content, and drawing it takes minutes.
 """
