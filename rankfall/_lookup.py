@@ -201,9 +201,9 @@ class Rows:
 
 
 class _Taken(torch.autograd.Function):
-    """table[places], the gradient added up row by row, which on one thread takes two thirds of the time of F.embedding's.
+    """table[places], the gradient added up row by row.
 
-    That of F.embedding is shared out among several threads.
+    On one thread that takes two thirds of the time of F.embedding's, which is shared out among several threads.
     """
 
     generate_vmap_rule = True
