@@ -8,12 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from _device import Step, on_gpu
 from _peers import embedding_peers, linear_peers, mean_field_peers
 from torch import Tensor, nn
 
 import rankfall as rf
-
-Step = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -164,7 +163,11 @@ def zipf(rows: int, count: int, *, seed: int = 0, exponent: float = 1.05) -> Ten
     weights = np.cumsum(1.0 / np.arange(1, rows + 1) ** exponent)
     ranks = np.searchsorted(weights, numbers.random(count) * weights[-1])
     # A multiplication by a number without a common divisor is a permutation that needs no memory.
-    return torch.from_numpy((ranks * 2_654_435_761 + 12_345) % rows)
+    return _here(torch.from_numpy((ranks * 2_654_435_761 + 12_345) % rows))
+
+
+def _here(numbers: Tensor) -> Tensor:
+    return numbers.to(torch.get_default_device())
 
 
 def _trained(layer: nn.Module, forward: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> Step:
@@ -179,7 +182,7 @@ def _trained(layer: nn.Module, forward: Callable[[], Tensor], optimizer: torch.o
 
 
 def _adam(layer: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.Adam(layer.parameters(), lr=1e-3, fused=True)
+    return torch.optim.Adam(layer.parameters(), lr=1e-3, fused=True, capturable=on_gpu())
 
 
 def _embedding(name: str, table: _Table, kind: type[rf.TT], rank: int, ids: Tensor) -> Case:
@@ -235,7 +238,7 @@ def _dense_tables(
 
 
 def _bag(name: str, table: _Table, kind: type[rf.TT], rank: int, bags: int) -> Case:
-    sizes = torch.from_numpy(np.random.default_rng(1).integers(10, 51, bags))
+    sizes = _here(torch.from_numpy(np.random.default_rng(1).integers(10, 51, bags)))
     offsets = F.pad(sizes.cumsum(0), (1, 0))[:-1]
     ids = zipf(table.rows, int(sizes.sum()))
     format = kind(rank, out_modes=table.out_modes, in_modes=table.in_modes)
@@ -259,7 +262,7 @@ def _bag(name: str, table: _Table, kind: type[rf.TT], rank: int, bags: int) -> C
 def cases() -> Sequence[Case]:
     """All cases, in the order of the table."""
     generator = torch.Generator().manual_seed(0)
-    words = torch.randint(_E1.rows, (256, 200), generator=generator)
+    words = _here(torch.randint(_E1.rows, (256, 200), generator=generator, device="cpu"))
     clicks = zipf(_E2.rows, 2048)
     return [
         _linear("L1-TTM", _L1, rf.TTM, 20),

@@ -10,15 +10,16 @@ import torch
 import rankfall
 
 
-def machine(threads: int) -> str:
-    """One line: processor, threads and versions."""
+def machine(threads: int = 1) -> str:
+    """One line: processor, threads, the GPU if that is what computes, and versions."""
     cpuinfo = Path("/proc/cpuinfo")
     names = [
         line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
     ]
     processor = names[0] if names else platform.processor() or platform.machine()
+    gpu = f"{torch.cuda.get_device_name()}, " if torch.get_default_device().type == "cuda" else ""
     return (
-        f"{processor}, {threads} thread{'s' if threads > 1 else ''}; Python {platform.python_version()}, "
+        f"{gpu}{processor}, {threads} thread{'s' if threads > 1 else ''}; Python {platform.python_version()}, "
         f"torch {torch.__version__}, rankfall {rankfall.__version__}"
     )
 

@@ -2,10 +2,10 @@
 """Training steps of the recipes' networks, on rows of the right shape, and how long they take."""
 
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
+from _device import seconds
 from torch import Tensor
 
 from rankfall.recipes._clicks import draw
@@ -23,7 +23,7 @@ def rows_of(recipe: str, count: int) -> Tensor:
         return torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8)
     if recipe in ("imdb", "transformer"):
         return torch.randint(1, 25_000, (count, 128))
-    return draw(count, KAGGLE_SIZES, torch.Generator().manual_seed(0))
+    return draw(count, KAGGLE_SIZES, torch.Generator().manual_seed(0)).to(torch.get_default_device())
 
 
 def medians(works: list[Callable[[], None]], rounds: int) -> list[float]:
@@ -31,8 +31,7 @@ def medians(works: list[Callable[[], None]], rounds: int) -> list[float]:
     taken: list[list[float]] = [[] for _ in works]
     for round_ in range(rounds + 2):
         for work, times in zip(works, taken, strict=True):
-            started = time.perf_counter()
-            work()
+            taken_now = 1e3 * seconds(work)
             if round_ >= 2:
-                times.append(1e3 * (time.perf_counter() - started))
+                times.append(taken_now)
     return [statistics.median(times) for times in taken]

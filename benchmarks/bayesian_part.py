@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the Bayesian part of a training step costs, and how a step gets faster as ranks fall.
 
-    python benchmarks/bayesian_part.py [mnist] [imdb] [criteo] [--rounds 20]
+    python benchmarks/bayesian_part.py [mnist] [imdb] [criteo] [--rounds 20] [--device cuda]
 
-A whole training step of a recipe (forward, backward, Adam) on rows of the right shape, on one thread: as rf.fit makes
-it, with a draw and the KL of each tensor by itself, and at the posterior means without a KL. The three take turns;
-medians of the rounds. Prior scales are part of the KL. Every network is measured at its start rank and at lower ones.
+A whole training step of a recipe (forward, backward, Adam) on rows of the right shape, on one thread or on a GPU: as
+rf.fit makes it, with a draw and the KL of each tensor by itself, and at the posterior means without a KL. The three
+take turns; medians of the rounds. Prior scales are part of the KL. Every network is measured at its start rank and at
+lower ones.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
+from _device import add_device, use_device
 from _report import machine, table
 from _steps import medians, rows_of
 from torch import Tensor, nn
@@ -29,13 +31,14 @@ _RANKS = {"mnist": (20, 10, 5, 2), "imdb": (8, 4, 2), "criteo": (8, 4, 2)}
 
 
 def main() -> None:
-    torch.set_num_threads(1)
     keep_pages()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipes", nargs="*", metavar="RECIPE")
     parser.add_argument("--rounds", type=int, default=20)
+    add_device(parser)
     options = parser.parse_args()
-    print(machine(1) + "\n")
+    use_device(options.device)
+    print(machine() + "\n")
     rows = []
     for recipe in options.recipes or _RANKS:
         for rank in _RANKS[recipe]:

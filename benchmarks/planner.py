@@ -1,19 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """How well the planner of linear layers knows: times expected and measured, and what its choice loses to the best way.
 
-    python benchmarks/planner.py [--rounds 7] [--plot planner.png]
+    python benchmarks/planner.py [--rounds 7] [--device cuda] [--out planner.json] [--plot planner.png]
 
-Every way of every case is run forward and backward in float32 on one thread; shortest of the rounds. Expected is three
+Every way of every case is run forward and backward in float32 on one thread, or on a GPU as a CUDA graph; shortest of
+the rounds. Expected is three
 times what the planner says of the forward pass, by the figures of this machine (measured anew). The loss of a case is
 the time of the chosen way over that of the fastest one.
 """
 
 import argparse
+import json
 import math
-import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from _device import add_device, captured, on_gpu, seconds, use_device
 from _report import machine as described
 from _report import table
 
@@ -30,15 +33,17 @@ _TOO_LONG = 1.5  # Seconds expected, beyond which a way is not run.
 
 
 def main() -> None:
-    torch.set_num_threads(1)
     keep_pages()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path, help="what was counted and measured of every way")
     parser.add_argument("--plot", type=Path)
+    add_device(parser)
     options = parser.parse_args()
+    use_device(options.device)
     found = calibrate(anew=True)
-    print(f"{described(1)}; {found.flops / 1e9:.0f} GFLOP/s, {found.elements / 1e9:.1f} billion numbers/s\n")
-    rows, points, losses = [], [], []
+    print(f"{described()}; {found.flops / 1e9:.0f} GFLOP/s, {found.elements / 1e9:.1f} billion numbers/s\n")
+    rows, points, losses, counted = [], [], [], []
     for shape, count in _SIZES:
         for kind in _FORMATS:
             for rank in _RANKS:
@@ -49,6 +54,7 @@ def main() -> None:
                 best = min(ways, key=lambda w: w[2])
                 losses.append(mine[2] / best[2])
                 points += [(kind.__name__, way.kind, *times) for way, *times in ways]
+                counted += [(shape, count, kind.__name__, rank, asdict(way), *times) for way, *times in ways]
                 what = f"{shape[1]} -> {shape[0]}, {count} rows, {kind.__name__} {rank}"
                 named = (mine[0].described(weight.layout), best[0].described(weight.layout))
                 rows.append((what, named[0], f"{mine[1]:.2f}", f"{mine[2]:.2f}", f"{losses[-1]:.2f}", named[1]))
@@ -61,6 +67,8 @@ def main() -> None:
         f"expected differ by a factor of {math.exp(sum(off) / len(off)):.2f} (geometric mean), at most "
         f"{math.exp(max(off)):.1f}."
     )
+    if options.out:
+        options.out.write_text(json.dumps({"machine": described(), "figures": asdict(found), "ways": counted}))
     if options.plot:
         _plot(points, options.plot)
 
@@ -74,12 +82,15 @@ def _measured(weight: rf.LowRankTensor, rows: int, rounds: int, flops: float) ->
         expected = 3 * way.cost / flops
         if expected > _TOO_LONG:
             continue
-        taken = []
-        for _ in range(rounds + 1):
-            started = time.perf_counter()
+
+        def step(way: _matmul.Way = way) -> None:
+            for tensor in (x, *factors):
+                tensor.grad = None
             _matmul.linear_by(way, weight.layout, factors, x).backward(direction)
-            taken.append(time.perf_counter() - started)
-        found.append((way, 1e3 * expected, 1e3 * min(taken[1:])))
+
+        step()
+        repeated = captured(step) if on_gpu() else step
+        found.append((way, 1e3 * expected, 1e3 * min(seconds(repeated) for _ in range(rounds))))
     return found
 
 

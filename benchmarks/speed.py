@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """How fast a training step is: rankfall beside the dense layer, beside peers, and beside what the machine allows.
 
-    python benchmarks/speed.py [CASE ...] [--rounds 20] [--out speed.json] [--plot speed.png]
+    python benchmarks/speed.py [CASE ...] [--rounds 20] [--device cuda] [--out speed.json] [--plot speed.png]
 
-Forward and backward pass (and Adam for tables) in float32 on one thread. The rivals of a case take turns, so that what
-else the machine does falls on all of them; medians of the rounds. The limit is the time of the arithmetic at the speed
-of a large matrix product, or of the bytes at the speed of a large copy, whichever is longer; both are measured first.
-Each case is written to the file of `--out` as it is done; what stands there from the same machine is not measured
-again. All rivals run with memory that stays with the process, as `rankfall train` does: without it the page faults of
-large outputs hide the differences.
-Peak memory is that of a fresh process for each rival. Peers that are not installed are left out; _peers.py says how
-they are installed.
+Forward and backward pass (and Adam for tables) in float32 on one thread, or on a GPU. The rivals of a case take turns,
+so that what else the machine does falls on all of them; medians of the rounds. The limit is the time of the arithmetic
+at the speed of a large matrix product, or of the bytes at the speed of a large copy, whichever is longer; both are
+measured first. Each case is written to the file of `--out` as it is done; what stands there from the same machine is
+not measured again. All rivals run with memory that stays with the process, as `rankfall train` does: without it the
+page faults of large outputs hide the differences.
+Peak memory is that of a fresh process for each rival. On a GPU, where most of these steps wait for the host, the dense
+layer's and rankfall's are also replayed as CUDA graphs, and memory is what the allocator gave at its peak. Peers that
+are not installed are left out; _peers.py says how they are installed.
 """
 
 import argparse
@@ -18,21 +19,21 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
-from _cases import Case, Step, cases
+from _cases import Case, cases
+from _device import Step, add_device, captured, on_gpu, seconds, use_device
 from _report import machine, table
 
 from rankfall._files import write_atomic
 from rankfall._pages import keep_pages
 
 _PEER_SECONDS = 120  # A rival whose first step takes longer is left out.
+_AS_GRAPH = ", graph"
 
 
 def main() -> None:
-    torch.set_num_threads(1)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cases", nargs="*", metavar="CASE")
     parser.add_argument("--rounds", type=int, default=20)
@@ -40,8 +41,10 @@ def main() -> None:
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path, help="needs matplotlib")
+    add_device(parser)
     parser.add_argument("--memory-of", nargs=2, metavar=("CASE", "RIVAL"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    use_device(options.device)
     if options.memory_of:
         print(_peak(*options.memory_of))
         return
@@ -51,7 +54,7 @@ def main() -> None:
     if unknown:
         parser.error(f"no case {unknown[0]}; there are {', '.join(known)}")
     flops, bandwidth = _speeds()
-    print(f"{machine(1)}; {flops / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.0f} GB/s\n", flush=True)
+    print(f"{machine()}; {flops / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.0f} GB/s\n", flush=True)
     results = _earlier(options.out)
     done = {result["case"] for result in results}
     for name in [name for name in options.cases or known if name not in done]:
@@ -60,43 +63,41 @@ def main() -> None:
         result = _timed(case, rivals, options.rounds)
         result["limit"] = 1e3 * max(case.limit[0] / flops, case.limit[1] / bandwidth)
         if not options.no_memory:
-            result["memory"] = {r: _measured_peak(name, r) for r in rivals}
+            result["memory"] = {r: _peak_on_gpu(case, r) if on_gpu() else _measured_peak(name, r) for r in rivals}
         results.append({"case": name, "what": case.what, **result})
         print(f"{name}: " + ", ".join(f"{r} {ms:.2f} ms" for r, ms in result["ms"].items()), flush=True)
         if options.out:
-            content = {"machine": machine(1), "gflops": flops / 1e9, "gbytes": bandwidth / 1e9, "cases": results}
+            content = {"machine": machine(), "gflops": flops / 1e9, "gbytes": bandwidth / 1e9, "cases": results}
             write_atomic(options.out, lambda p, content=content: p.write_text(json.dumps(content, indent=2) + "\n"))
     print("\n" + _markdown(results))
     if options.plot:
         from _speed_picture import draw  # noqa: PLC0415  only a picture needs matplotlib
 
-        draw(results, machine(1), options.plot)
+        draw(results, machine(), options.plot)
 
 
 def _earlier(path: Path | None) -> list[dict]:
     """The cases that a file has of this machine."""
     content = json.loads(path.read_text()) if path and path.is_file() else {}
-    return content["cases"] if content.get("machine") == machine(1) else []
+    return content["cases"] if content.get("machine") == machine() else []
 
 
 def _speeds() -> tuple[float, float]:
-    """(floating-point operations, bytes) in a second: of a product of two matrices of 1024, and of a copy of 64 MB."""
-    a, b = torch.randn(2, 1024, 1024)
-    source, target = torch.randn(2, 2**24)
+    """(floating-point operations, bytes) in a second: of a product of two matrices of 1024, and of a copy of 64 MB.
+
+    On a GPU of matrices of 8192, and of 1 GB.
+    """
+    side, numbers = (8192, 2**28) if on_gpu() else (1024, 2**24)
+    a, b = torch.randn(2, side, side)
+    source, target = torch.randn(2, numbers)
     product = _median(lambda: torch.mm(a, b), 10)
     copy = _median(lambda: target.copy_(source), 10)
-    return 2 * 1024**3 / product, 2 * 4 * 2**24 / copy
+    return 2 * side**3 / product, 2 * 4 * numbers / copy
 
 
 def _median(step: Step, rounds: int) -> float:
     step()
-    return statistics.median(_seconds(step) for _ in range(rounds))
-
-
-def _seconds(step: Step) -> float:
-    started = time.perf_counter()
-    step()
-    return time.perf_counter() - started
+    return statistics.median(seconds(step) for _ in range(rounds))
 
 
 def _timed(case: Case, rivals: list[str], rounds: int) -> dict:
@@ -105,15 +106,17 @@ def _timed(case: Case, rivals: list[str], rounds: int) -> dict:
     for rival in rivals:
         try:
             step = case.make[rival]()
-            _seconds(step)
-            if _seconds(step) < _PEER_SECONDS:
+            seconds(step)
+            if seconds(step) < _PEER_SECONDS:
                 steps[rival] = step
+            if on_gpu() and rival in ("dense", "rankfall"):
+                steps[f"{rival}{_AS_GRAPH}"] = captured(step)
         except (RuntimeError, MemoryError, ValueError) as error:
             print(f"{case.name}: {rival} fails: {error}", file=sys.stderr)
     times: dict[str, list[float]] = {rival: [] for rival in steps}
     for _ in range(rounds):
         for rival, step in steps.items():
-            times[rival].append(1e3 * _seconds(step))
+            times[rival].append(1e3 * seconds(step))
     return {
         "ms": {r: statistics.median(t) for r, t in times.items()},
         "spread": {r: (sorted(t)[len(t) // 4], sorted(t)[3 * len(t) // 4]) for r, t in times.items()},
@@ -131,6 +134,19 @@ def _peak(name: str, rival: str) -> int:
     return _status("VmHWM") - before
 
 
+def _peak_on_gpu(case: Case, rival: str) -> int | None:
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    try:
+        step = case.make[rival]()
+        for _ in range(3):
+            step()
+    except (RuntimeError, ValueError):
+        return None
+    return torch.cuda.max_memory_allocated() - before
+
+
 def _status(name: str) -> int:
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return 1024 * int(line.split()[1])
@@ -145,24 +161,29 @@ def _measured_peak(name: str, rival: str) -> int | None:
 def _markdown(results: list[dict]) -> str:
     rows = []
     for result in results:
-        ms = result["ms"]
+        ms, memory = result["ms"], result.get("memory", {})
         peers = {r: t for r, t in ms.items() if not r.startswith(("dense", "rankfall"))}
         best = min(peers, key=peers.__getitem__, default=None)
-        memory = result.get("memory", {})
         rows.append(
             (
                 f"{result['case']}: {result['what']}",
-                f"{ms['dense']:.2f}",
-                f"{ms['rankfall']:.2f}",
-                f"{ms['rankfall'] / ms['dense']:.2f}",
+                *_beside_dense(ms, ""),
+                *(_beside_dense(ms, _AS_GRAPH) if on_gpu() else ()),
                 f"{peers[best]:.2f}" if best else "",
                 f"{peers[best] / ms['rankfall']:.1f}" if best else "",
                 f"{result['limit']:.2f}",
                 " / ".join(_megabytes(memory.get(r)) for r in ("dense", "rankfall", best) if r) if memory else "",
             )
         )
-    header = ("case", "dense, ms", "rankfall, ms", "of dense", "best peer, ms", "faster by", "limit, ms", "MB")
-    return table(header, rows)
+    graphs = ("dense as a graph, ms", "rankfall as a graph, ms", "of dense") if on_gpu() else ()
+    beside = ("best peer, ms", "faster by", "limit, ms", "MB")
+    return table(("case", "dense, ms", "rankfall, ms", "of dense", *graphs, *beside), rows)
+
+
+def _beside_dense(ms: dict[str, float], how: str) -> tuple[str, str, str]:
+    dense, ours = ms.get(f"dense{how}"), ms.get(f"rankfall{how}")
+    both = [time and f"{time:.3f}" if on_gpu() else time and f"{time:.2f}" for time in (dense, ours)]
+    return both[0] or "", both[1] or "", f"{ours / dense:.2f}" if dense and ours else ""
 
 
 def _megabytes(count: int | None) -> str:

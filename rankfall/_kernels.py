@@ -17,7 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from rankfall._einsum import rounded
 
-_TOGETHER = 32  # Rows with the same matrix whose gradients one program adds up.
+_TOGETHER = 32  # Rows, sorted by their matrix, whose gradients one program adds up.
+_WORTH_SORTING = 1 << 23  # Additions to gradients that take longer than to sort the rows first.
 _LONGEST = 64  # Side of the tile that a program holds in registers.
 _TILE = 2048  # Entries of that tile.
 _ONE_WARP = 512  # Entries that a single warp is enough for.
@@ -63,10 +64,10 @@ def product_kernel(
 def gradient_kernel(
     left,
     grad,
+    which,
     order,
-    starts,
-    counts,
     out,
+    n,
     p,
     q,
     s,
@@ -76,27 +77,38 @@ def gradient_kernel(
     grad_n,
     grad_p,
     grad_s,
+    SORTED: tl.constexpr,
+    TOGETHER: tl.constexpr,
     SUM: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """out[c] = the sum of left[n].T @ grad[n] over the n = order[starts[c] : starts[c] + counts[c]]; one tile of it."""
-    c = tl.program_id(0).to(tl.int64)
+    """out[which[k]] += left[k].T @ grad[k] for a few k in a row, or the k = order[...] if SORTED; one tile of it.
+
+    Neighbours with the same matrix are added up before they are added to it, which other programs do as well.
+    """
+    first = tl.program_id(0) * TOGETHER
     rows = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     columns = tl.program_id(2) * BLOCK_S + tl.arange(0, BLOCK_S)
     is_row, is_column = rows < q, columns < s
-    start, count = tl.load(starts + c), tl.load(counts + c)
+    inside = is_row[:, None] & is_column[None, :]
+    place = out + rows[:, None] * s + columns[None, :]
     total = tl.zeros((BLOCK_Q, BLOCK_S), SUM)
-    for member in range(count):
-        n = tl.load(order + start + member).to(tl.int64)
-        x_at = left + n * left_n + rows * left_q
-        y_at = grad + n * grad_n + columns * grad_s
-        for k in range(p):
-            x = tl.load(x_at + k * left_p, mask=is_row, other=0.0).to(SUM)
-            y = tl.load(y_at + k * grad_p, mask=is_column, other=0.0).to(SUM)
+    current = tl.load(which + first).to(tl.int64)
+    for member in range(first, min(first + TOGETHER, n)):
+        own = tl.load(which + member).to(tl.int64)
+        if own != current:
+            tl.atomic_add(place + current * q * s, total, mask=inside, sem="relaxed")
+            total = tl.zeros((BLOCK_Q, BLOCK_S), SUM)
+            current = own
+        k = tl.load(order + member).to(tl.int64) if SORTED else own * 0 + member  # A wide integer.
+        x_at = left + k * left_n + rows * left_q
+        y_at = grad + k * grad_n + columns * grad_s
+        for i in range(p):
+            x = tl.load(x_at + i * left_p, mask=is_row, other=0.0).to(SUM)
+            y = tl.load(y_at + i * grad_p, mask=is_column, other=0.0).to(SUM)
             total += x[:, None] * y[None, :]
-    place = c * q * s + rows[:, None] * s + columns[None, :]
-    tl.store(out + place, total, mask=is_row[:, None] & is_column[None, :])
+    tl.atomic_add(place + current * q * s, total, mask=inside, sem="relaxed")
 
 
 def own_products(
@@ -179,50 +191,37 @@ def _products(left: Tensor, matrices: Tensor, which: Tensor) -> Tensor:
 
 def _gradients(left: Tensor, grad: Tensor, which: Tensor, groups: int) -> Tensor:
     """The sum of left[k].T @ grad[k] over the k that chose each matrix, shape (groups, q, s)."""
-    (_, p, q), s = left.shape, grad.shape[2]
+    (n, p, q), s = left.shape, grad.shape[2]
     dtype = torch.float64 if left.dtype == torch.float64 else torch.float32
-    order, starts, counts, owners = _chunks(which, groups)
-    parts = left.new_empty(len(owners), q, s, dtype=dtype)
-    if parts.numel():
-        block_q, block_s = _tile(q, s)
-        grid = len(owners), triton.cdiv(q, block_q), triton.cdiv(s, block_s)
-        gradient_kernel[grid](
-            left,
-            grad,
-            order,
-            starts,
-            counts,
-            parts,
-            p,
-            q,
-            s,
-            *left.stride(),
-            *grad.stride(),
-            SUM=_sum_of(left),
-            BLOCK_Q=block_q,
-            BLOCK_S=block_s,
-            num_warps=_warps(block_q * block_s),  # pyright: ignore[reportCallIssue]
-        )
-    # The last group takes the chunks that there was no need of.
-    return parts.new_zeros(groups + 1, q, s).index_add_(0, owners, parts)[:groups]
-
-
-def _chunks(which: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The order of rows by their matrix, and chunks of it with one matrix each: (order, starts, counts, owners).
-
-    There are as many chunks as there may have to be, since how many are needed is known on the GPU alone; an empty one
-    has the owner `groups`.
-    """
-    ordered, order = which.sort(stable=True)
-    bounds = torch.searchsorted(ordered, torch.arange(groups + 1, device=which.device))
-    needed = torch.div(bounds.diff() + _TOGETHER - 1, _TOGETHER, rounding_mode="floor")
-    ends = needed.cumsum(0)
-    chunk = torch.arange(len(which) // _TOGETHER + groups, device=which.device)
-    owners = torch.searchsorted(ends, chunk, right=True)
-    of = owners.clamp(max=groups - 1)
-    starts = bounds[of] + (chunk - (ends - needed)[of]) * _TOGETHER
-    counts = (bounds[of + 1] - starts).clamp(0, _TOGETHER)
-    return order, starts, counts.where(owners < groups, 0), owners
+    out = left.new_zeros(groups, q, s, dtype=dtype)
+    if not (n and out.numel()):
+        return out
+    is_sorted = n * q * s > _WORTH_SORTING
+    # The order of rows by their matrix; without it no kernel reads the second one.
+    which, order = which.sort(stable=True) if is_sorted else (which, which)
+    together = _TOGETHER if is_sorted else 1
+    block_q, block_s = _tile(q, s)
+    grid = triton.cdiv(n, together), triton.cdiv(q, block_q), triton.cdiv(s, block_s)
+    gradient_kernel[grid](
+        left,
+        grad,
+        which,
+        order,
+        out,
+        n,
+        p,
+        q,
+        s,
+        *left.stride(),
+        *grad.stride(),
+        SORTED=is_sorted,
+        TOGETHER=together,
+        SUM=_sum_of(left),
+        BLOCK_Q=block_q,
+        BLOCK_S=block_s,
+        num_warps=_warps(block_q * block_s),  # pyright: ignore[reportCallIssue]
+    )
+    return out
 
 
 def _tile(rows: int, columns: int) -> tuple[int, int]:

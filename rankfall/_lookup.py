@@ -40,6 +40,11 @@ def digits(rows: Int[Tensor, " n"], modes: Sequence[int]) -> list[Int[Tensor, " 
     return out[::-1]
 
 
+def may_look_at(values: Tensor) -> bool:
+    """Whether a decision may hang on what a tensor holds: no graph has it, and the host would wait for a GPU."""
+    return values.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def lookup_plan(layout: Layout, shapes: Shapes, rows: int) -> Plan:
     """The cheapest order in which the wanted rows are contracted from all factors, each read at its digit.
 
@@ -148,8 +153,8 @@ class Rows:
         table: Shape (n, width), or (n, rank) if `after` is there.
         places: The row of the table for each id, of the shape of the ids.
         after: The matrix that rows of the table, or sums of them, are multiplied by, (rank, width); or None.
-        distinct: The id of each row of the table, in order; None if all ids are there, by `strides`. In a
-            compiled graph they stand as they came.
+        distinct: The id of each row of the table, in order; None if all ids are there, by `strides`. On a GPU and
+            in a compiled graph they stand as they came.
         strides: Id = first * strides[1] + second stands at second * strides[0] + first.
     """
 
@@ -172,8 +177,8 @@ class Rows:
         """The same, and where in the table an id stands that no sum should count; None if it was not asked for."""
         if self.distinct is None:
             return self, _place(id, self.strides)
-        if torch.compiler.is_compiling():
-            # Where it stands is known only as the graph runs, so that it is given a row of its own.
+        if not may_look_at(self.distinct):
+            # Where it stands is known on the device alone, so that it is given a row of its own.
             last = len(self.table)
             places = torch.where(self.distinct[self.places] == id, last, self.places)
             return Rows(F.pad(self.table, (0, 0, 0, 1)), places, self.after, self.distinct), last
@@ -189,8 +194,7 @@ class Rows:
 
     def taken(self) -> Float[Tensor, "*ids width"]:
         """The row of the table for each id."""
-        on_cpu = self.table.device.type == "cpu" and not torch.compiler.is_compiling()
-        if on_cpu and torch.get_num_threads() == 1 and self.places.numel() >= _MANY:
+        if may_look_at(self.table) and torch.get_num_threads() == 1 and self.places.numel() >= _MANY:
             rows: Tensor = _Taken.apply(self.table, self.places.flatten())  # pyright: ignore
             return rows.view(*self.places.shape, self.table.shape[1])
         return F.embedding(self.places, self.table)
@@ -231,8 +235,8 @@ def _place(id: int, strides: tuple[int, int]) -> int:
 def read(layout: Layout, factors: Sequence[Tensor], ids: Int[Tensor, "*ids"], outputs: int | None = None) -> Rows:
     """What `dense()[ids]`, or sums of its rows, are read from in the cheapest way; the table need not be formed.
 
-    Time and memory grow with the number of ids, not with the table, unless the table is so small that forming it is
-    cheaper. Gradients reach every factor densely.
+    Time and memory grow with the number of ids (on a CPU: of distinct ones), not with the table, unless the table is so
+    small that forming it is cheaper. Gradients reach every factor densely. A GPU is never waited for.
 
     Args:
         layout: A layout with two axes, rows first.
@@ -264,8 +268,8 @@ def read_by(way: Reading, layout: Layout, factors: Sequence[Tensor], ids: Int[Te
 
 def _distinct(ids: Int[Tensor, "*ids"]) -> tuple[Int[Tensor, " n"], Int[Tensor, "*ids"]]:
     """The ids that rows are made for, and the place of each id among them."""
-    if torch.compiler.is_compiling():
-        # How many ids differ is known only as the graph runs, so that equal ones are computed again.
+    if not may_look_at(ids):
+        # How many ids differ is known on the device alone, so that equal ones are computed again.
         return ids.flatten(), torch.arange(ids.numel(), device=ids.device).view(ids.shape)
     if not ids.numel():
         return ids.new_zeros(1), ids  # One row, so that there is a table to read nothing from.
@@ -352,15 +356,16 @@ def _times_own(
     """left[k] @ matrices[which[k]]: those with the same matrix are multiplied together, a few at a time.
 
     That makes one product of several small ones, and reads and adds to a matrix once for all of them. On a GPU a kernel
-    reads each matrix where it stands.
+    reads each matrix where it stands, unless its gradients, added up in any order, must be the same every time.
     """
-    if _has_kernels(left.device) and not torch.compiler.is_compiling():
+    as_ever = torch.compiler.is_compiling() or torch.are_deterministic_algorithms_enabled()
+    if not as_ever and _has_kernels(left.device):
         from rankfall._kernels import own_products  # noqa: PLC0415  Triton is loaded where it runs.
 
         return own_products(left, matrices, which)
     count, p, q = left.shape
     each, size = count // len(matrices), q * matrices.shape[2]
-    if each < 2 or size < _LARGE_SLICE or torch.compiler.is_compiling():
+    if each < 2 or size < _LARGE_SLICE or not may_look_at(which):
         return torch.bmm(left, matrices.index_select(0, which))
     together = min(max(rounded(each), _TOGETHER), _MOST_TOGETHER)
     place, owner = _seats(which, len(matrices), together)

@@ -134,12 +134,12 @@ def _plausible(found: Machine) -> Machine:
 
 @torch.no_grad()
 def _measured() -> Machine:
-    a = torch.rand(768, 768)
+    a = torch.rand(768, 768, device="cpu")
     flops = 2 * 768**3 / _seconds(lambda: a @ a)
-    many = torch.rand(1 << 13, 32, 32)
+    many = torch.rand(1 << 13, 32, 32, device="cpu")
     other = torch.empty_like(many)
     elements = 2 * many.numel() / _seconds(lambda: other.copy_(many.mT))
-    small = torch.rand(1 << 12, 8, 8)
+    small = torch.rand(1 << 12, 8, 8, device="cpu")
     call = _seconds(lambda: torch.bmm(small, small)) / len(small)
     return _plausible(Machine(flops, elements, call))
 

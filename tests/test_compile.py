@@ -41,6 +41,14 @@ def test_a_layer_is_one_graph(name, kind):
             torch.testing.assert_close(actual, reference, rtol=1e-3, atol=1e-4)
 
 
+def test_a_bag_with_offsets_is_one_graph(kind):
+    layer = rf.nn.EmbeddingBag(60, 12, format=kind(3)).eval()
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    offsets = torch.tensor([0, 2, 2])
+    torch.testing.assert_close(compiled(IDS[0], offsets), layer(IDS[0], offsets))
+
+
 def test_a_cut_compiles_once_more():
     layer = rf.nn.Linear(12, 20, format=rf.TT(3), posterior=rf.Point())
     graphs = []

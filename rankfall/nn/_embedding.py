@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from rankfall._formats import Format
-from rankfall._lookup import read
+from rankfall._lookup import may_look_at, read
 from rankfall._posteriors import Posterior
 from rankfall._priors import Prior
 from rankfall._tensor import LowRankTensor
@@ -48,7 +48,8 @@ class Embedding(nn.Module):
 
     Raises:
         ValueError: If the format cannot take the shape, or `padding_idx` is no row; in forward, if ids are no integers.
-        IndexError: In forward, if an id is no row.
+        IndexError: In forward, if an id is no row. In a compiled graph that is a RuntimeError, and a GPU stops, as it
+            does for torch's own.
 
     Attributes:
         weight: The rf.LowRankTensor.
@@ -162,7 +163,8 @@ class EmbeddingBag(nn.Module):
     Raises:
         ValueError: If the format cannot take the shape, `mode` is another, or `padding_idx` is no row; in forward, if
             ids are no integers, or offsets do not rise from 0 to the number of ids at most.
-        IndexError: In forward, if an id is no row.
+        IndexError: In forward, if an id is no row. In a compiled graph that is a RuntimeError, and a GPU stops, as it
+            does for torch's own.
 
     Attributes:
         weight: The rf.LowRankTensor.
@@ -350,7 +352,12 @@ def _named(weight: LowRankTensor, kind: str) -> str:
 def _check_ids(weight: LowRankTensor, ids: Tensor, kind: str) -> None:
     if ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"{_named(weight, kind)} takes ids of type int64 or int32, got {ids.dtype}. Call ids.long().")
-    if not ids.numel() or torch.compiler.is_compiling():
+    if not ids.numel():
+        return
+    if not may_look_at(ids):
+        # As torch has it on a device, where an error with the ids in it would have to be waited for.
+        inside = ids.clamp(0, weight.shape[0] - 1).eq(ids).all()
+        torch._assert_async(inside, f"{_named(weight, kind)} has {weight.shape[0]} rows, and an id is none of them.")
         return
     low, high = (int(bound) for bound in ids.aminmax())
     if low < 0 or high >= weight.shape[0]:
@@ -375,8 +382,8 @@ def _check_offsets(weight: LowRankTensor, ids: Tensor, offsets: Tensor | None, w
         raise ValueError(
             f"{name}: offsets must be integers of shape (bags,), got {offsets.dtype} {tuple(offsets.shape)}."
         )
-    if offsets.device.type != "cpu" or not len(offsets):
-        return  # torch does not look at them on a device either: it would have to wait.
+    if not may_look_at(offsets) or not len(offsets):
+        return  # Nor does torch look at them on a device.
     if int(offsets[0]) != 0 or int(offsets[-1]) > len(ids) or bool((offsets.diff() < 0).any()):
         raise ValueError(
             f"{name}: offsets must begin with 0, never fall, and end at {len(ids)} ids at most, "
