@@ -4,23 +4,21 @@
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from rankfall import _contract
 from rankfall._contract import NARROW, Halves, cut_at, effort_of_mixed, halves, matrices, mixed, part_plan
 from rankfall._einsum import Axes, Plan, Shapes, contract, cost_of, plan, planned_once, rounded, run, shapes_of
 from rankfall._layout import Layout
+from rankfall._rows import OwnRows, Rows, TableRows, may_look_at
 
 _SORTED = 3000  # Operations in the time that it takes to sort an id among others.
-_MANY = 4096  # Ids at which a function of our own has paid for its call.
 _ROW = "row"  # The axis of the wanted rows, which all factors of row modes share.
 
 
@@ -38,11 +36,6 @@ def digits(rows: Int[Tensor, " n"], modes: Sequence[int]) -> list[Int[Tensor, " 
         out.append(rows % mode)
         rows = torch.div(rows, mode, rounding_mode="floor")
     return out[::-1]
-
-
-def may_look_at(values: Tensor) -> bool:
-    """Whether a decision may hang on what a tensor holds: no graph has it, and the host would wait for a GPU."""
-    return values.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def lookup_plan(layout: Layout, shapes: Shapes, rows: int) -> Plan:
@@ -145,93 +138,6 @@ def _table_by_cut(layout: Layout, shapes: Shapes, bond: int) -> Plan:
     return Plan((), effort + 2 * rank * (left + right), rows * width + 2 * (left + right))
 
 
-@dataclass(frozen=True)
-class Rows:
-    """A small table, and where in it the row of each id stands.
-
-    Attributes:
-        table: Shape (n, width), or (n, rank) if `after` is there.
-        places: The row of the table for each id, of the shape of the ids.
-        after: The matrix that rows of the table, or sums of them, are multiplied by, (rank, width); or None.
-        distinct: The id of each row of the table, in order; None if all ids are there, by `strides`. On a GPU and
-            in a compiled graph they stand as they came.
-        strides: Id = first * strides[1] + second stands at second * strides[0] + first.
-    """
-
-    table: Tensor
-    places: Tensor
-    after: Tensor | None
-    distinct: Tensor | None
-    strides: tuple[int, int] = (1, 1)
-
-    def without(self, id: int) -> "Rows":
-        """The same with zeros for an id, which then learns nothing."""
-        if self.distinct is None:
-            place = torch.tensor([_place(id, self.strides)], device=self.table.device)
-            table = self.table.index_fill(0, place, 0.0)
-        else:
-            table = self.table.masked_fill((self.distinct == id).unsqueeze(1), 0.0)
-        return Rows(table, self.places, self.after, self.distinct, self.strides)
-
-    def padded(self, id: int) -> tuple["Rows", int | None]:
-        """The same, and where in the table an id stands that no sum should count; None if it was not asked for."""
-        if self.distinct is None:
-            return self, _place(id, self.strides)
-        if not may_look_at(self.distinct):
-            # Where it stands is known on the device alone, so that it is given a row of its own.
-            last = len(self.table)
-            places = torch.where(self.distinct[self.places] == id, last, self.places)
-            return Rows(F.pad(self.table, (0, 0, 0, 1)), places, self.after, self.distinct), last
-        place = int(torch.searchsorted(self.distinct, id))
-        return self, place if place < len(self.distinct) and int(self.distinct[place]) == id else None
-
-    def with_zeros(self, which: Bool[Tensor, "*ids"] | None) -> "Rows":
-        """The same with a row of zeros for the ids that `which` marks; None marks none."""
-        if which is None:
-            return self
-        places = torch.where(which, len(self.table), self.places)
-        return replace(self, table=F.pad(self.table, (0, 0, 0, 1)), places=places)
-
-    def taken(self) -> Float[Tensor, "*ids width"]:
-        """The row of the table for each id."""
-        if may_look_at(self.table) and torch.get_num_threads() == 1 and self.places.numel() >= _MANY:
-            rows: Tensor = _Taken.apply(self.table, self.places.flatten())  # pyright: ignore
-            return rows.view(*self.places.shape, self.table.shape[1])
-        return F.embedding(self.places, self.table)
-
-    def widened(self, read: Tensor) -> Tensor:
-        """Rows of the table, or sums of them, as rows of the whole matrix."""
-        return read if self.after is None else read @ self.after
-
-
-class _Taken(torch.autograd.Function):
-    """table[places], the gradient added up row by row.
-
-    On one thread that takes two thirds of the time of F.embedding's, which is shared out among several threads.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(table: Tensor, places: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return table.index_select(0, places)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # noqa: ANN401  autograd's
-        ctx.save_for_backward(inputs[1])
-        ctx.rows = len(inputs[0])
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401  # pyright: ignore
-        (places,) = ctx.saved_tensors
-        # Rows that lie apart, as those of a stack do, would be added one small call at a time.
-        return gradient.new_zeros(ctx.rows, gradient.shape[1]).index_add_(0, places, gradient.contiguous()), None
-
-
-def _place(id: int, strides: tuple[int, int]) -> int:
-    return id % strides[1] * strides[0] + id // strides[1]
-
-
 def read(layout: Layout, factors: Sequence[Tensor], ids: Int[Tensor, "*ids"], outputs: int | None = None) -> Rows:
     """What `dense()[ids]`, or sums of its rows, are read from in the cheapest way; the table need not be formed.
 
@@ -258,19 +164,18 @@ def read_by(way: Reading, layout: Layout, factors: Sequence[Tensor], ids: Int[Te
         if first is None and halves(layout, shapes_of(factors)) is None:
             table, strides = _cut_table(layout, factors, way.bond)
             places = ids if strides[0] == 1 else ids % strides[1] * strides[0] + ids // strides[1]
-            return Rows(table, places, None, None, strides)
-        return Rows(_contract.dense(layout, factors) if first is None else first, ids, after, None)
-    distinct, places = _distinct(ids)
+            return TableRows(table, places, None, None, strides)
+        return TableRows(_contract.dense(layout, factors) if first is None else first, ids, after, None)
     which = tuple(range(len(factors))) if way.pair is None else way.pair.first
     kept = layout.axes[1] if way.pair is None else way.pair.joint
-    return Rows(_distinct_rows(layout, factors, distinct, which, kept), places, after, distinct)
+    if not may_look_at(ids):
+        return OwnRows(_rows_of(layout, factors, ids.flatten(), which, kept), ids, after)
+    distinct, places = _distinct(ids)
+    return TableRows(_rows_of(layout, factors, distinct, which, kept), places, after, distinct)
 
 
 def _distinct(ids: Int[Tensor, "*ids"]) -> tuple[Int[Tensor, " n"], Int[Tensor, "*ids"]]:
     """The ids that rows are made for, and the place of each id among them."""
-    if not may_look_at(ids):
-        # How many ids differ is known on the device alone, so that equal ones are computed again.
-        return ids.flatten(), torch.arange(ids.numel(), device=ids.device).view(ids.shape)
     if not ids.numel():
         return ids.new_zeros(1), ids  # One row, so that there is a table to read nothing from.
     return torch.unique(ids, return_inverse=True)
@@ -291,7 +196,7 @@ def _cut_table(layout: Layout, factors: Sequence[Tensor], bond: int) -> tuple[Te
     return table if layout.shape[1] == table.shape[1] else table[:, : layout.shape[1]], (high, low)
 
 
-def _distinct_rows(
+def _rows_of(
     layout: Layout, factors: Sequence[Tensor], rows: Int[Tensor, " n"], which: Sequence[int], kept: Axes
 ) -> Float[Tensor, "n width"]:
     """Rows of what some of the factors stand for: each factor at its digit, then a batch of small contractions."""

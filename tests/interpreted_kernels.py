@@ -45,10 +45,13 @@ def check_case(n, m, p, q, s, dtype):
 
 
 def check_sorted_gradients():
-    _kernels._WORTH_SORTING, _kernels._TOGETHER, before = 0, 4, (_kernels._WORTH_SORTING, _kernels._TOGETHER)
+    names = ("_WORTH_SORTING", "_CROWDED", "_TOGETHER")
+    before = [getattr(_kernels, name) for name in names]
+    _kernels._WORTH_SORTING, _kernels._CROWDED, _kernels._TOGETHER = 0, 0, 4
     for case in ((1, 1, 1, 1, 1), (7, 3, 4, 5, 6), (70, 9, 2, 3, 4), (64, 1, 1, 2, 3), (3, 2, 2, 70, 40)):
         check_case(*case, torch.float64)
-    _kernels._WORTH_SORTING, _kernels._TOGETHER = before
+    for name, value in zip(names, before, strict=True):
+        setattr(_kernels, name, value)
 
 
 def check_a_single_gradient():

@@ -13,7 +13,7 @@ from torch import nn
 
 import rankfall as rf
 from laws import close, drawn, make, naive_dense
-from rankfall import _lookup
+from rankfall import _lookup, _rows
 from rankfall._einsum import shapes_of
 from rankfall._lookup import digits, reading, readings
 
@@ -37,6 +37,19 @@ def layer_around(weight, cls=rf.nn.Embedding, **options):
     return cls.around(weight, dense)
 
 
+@pytest.fixture(params=[False, True], ids=["distinct ids", "ids as they came"])
+def as_on_a_gpu(request, monkeypatch):
+    """Rows as the planner has them; or never those of a formed table, and without a look at the ids."""
+    if not request.param:
+        return
+
+    def reading_rows(*sizes):
+        return min((way for way in readings(*sizes) if not way.forms_table), key=lambda way: way.cost)
+
+    monkeypatch.setattr(_lookup, "may_look_at", lambda _: False)
+    monkeypatch.setattr(_lookup, "reading", reading_rows)
+
+
 def check_rows(t, ids):
     layer = layer_around(t)
     for mode in (layer.train(), layer.eval()):
@@ -45,6 +58,7 @@ def check_rows(t, ids):
         gradients_match(mode(ids), expected, [*t.factors, *(t.log_stds if t.training else [])])
 
 
+@pytest.mark.usefixtures("as_on_a_gpu")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_rows_are_those_of_the_dense_table(kind, shape, posterior):
     t = make(kind(4), shape, posterior=posterior)
@@ -56,7 +70,7 @@ def test_rows_are_those_of_the_dense_table(kind, shape, posterior):
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_rows_do_not_depend_on_the_number_of_threads(kind, threads, monkeypatch):
-    monkeypatch.setattr(_lookup, "_MANY", 0)
+    monkeypatch.setattr(_rows, "_MANY", 0)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -70,8 +84,10 @@ def test_rows_do_not_depend_on_the_number_of_threads(kind, threads, monkeypatch)
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("looks", [True, False])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_all_ways_give_the_same_rows_and_bags(kind, shape, monkeypatch):
+def test_all_ways_give_the_same_rows_and_bags(kind, shape, looks, monkeypatch):
+    monkeypatch.setattr(_lookup, "may_look_at", lambda _: looks)
     t = make(kind(3), shape)
     ids = torch.randint(shape[0], (40,))
     ways = readings(t.layout, shapes_of(t.factors), 40, 40)
@@ -106,6 +122,7 @@ def test_any_vocabulary(rows, width, rank, ids, which):
     check_rows(t, torch.tensor(ids) % rows)
 
 
+@pytest.mark.usefixtures("as_on_a_gpu")
 def test_a_rank_of_zero_gives_zeros(kind):
     t = make(kind(3), (30, 8), posterior=rf.Point())
     t.keep_slices_(next(iter(t.ranks)), torch.zeros(0, dtype=torch.int64))
@@ -185,6 +202,7 @@ def test_bags_are_reduced_before_they_are_widened():
     assert way.pair.joint == ("r2",)
 
 
+@pytest.mark.usefixtures("as_on_a_gpu")
 def test_gradients_are_dense_and_padding_learns_nothing(kind):
     t = make(kind(3), (30, 8))
     ids = torch.tensor([[3, 5], [3, 29]])
@@ -205,6 +223,7 @@ BAGS = {
 }
 
 
+@pytest.mark.usefixtures("as_on_a_gpu")
 @pytest.mark.parametrize("offsets", BAGS.values(), ids=BAGS)
 @pytest.mark.parametrize("mode", ["sum", "mean"])
 @pytest.mark.parametrize("padding_idx", [None, 5, 11])
@@ -221,6 +240,7 @@ def test_bags_are_those_of_the_dense_table(kind, mode, offsets, padding_idx):
             gradients_match(layer(ids, bounds), expected, [*t.factors, *(t.log_stds if t.training else [])])
 
 
+@pytest.mark.usefixtures("as_on_a_gpu")
 def test_bags_of_one_size_and_weights(kind):
     t = make(kind(4), (30, 8))
     ids = torch.randint(30, (3, 4))
@@ -232,6 +252,7 @@ def test_bags_of_one_size_and_weights(kind):
     gradients_match(total(ids, per_sample_weights=weights), expected, [weights, *t.factors])
 
 
+@pytest.mark.usefixtures("as_on_a_gpu")
 def test_no_ids_at_all(kind):
     layer = rf.nn.EmbeddingBag(30, 8, format=kind(3))
     none = torch.zeros(0, dtype=torch.int64)
@@ -314,8 +335,8 @@ def test_a_bag_that_is_too_long_to_show_is_cut():
 
 def test_a_row_is_looked_up_once(monkeypatch):
     seen = []
-    contract_rows = _lookup._distinct_rows
-    monkeypatch.setattr(_lookup, "_distinct_rows", lambda *a: seen.append(a[2]) or contract_rows(*a))
+    contract_rows = _lookup._rows_of
+    monkeypatch.setattr(_lookup, "_rows_of", lambda *a: seen.append(a[2]) or contract_rows(*a))
     rf.nn.Embedding(3000, 8, format=rf.TT(3))(torch.tensor([[7, 7, 2], [2, 7, 2]]))
     assert [s.tolist() for s in seen] == [[2, 7]]
 

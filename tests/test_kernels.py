@@ -44,7 +44,7 @@ def test_kernels_compile_without_a_gpu(kernel, numbers, architecture, tmp_path, 
     if kernel == "gradient_kernel":
         pointers["out"] = sums
     constants = {"SUM": getattr(_kernels.tl, f"float{sums[2:]}"), "BLOCK_P": 4, "BLOCK_Q": 16, "BLOCK_S": 32}
-    constants |= {"SORTED": True, "TOGETHER": 32}
+    constants |= {"COPIES": 1, "SORTED": True, "TOGETHER": 32, "UNROLLED": 4}
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     signature = {name: f"*{pointers[name]}" if name in pointers else "i32" for name in function.arg_names}
     signature |= dict.fromkeys(constants, "constexpr")

@@ -4,14 +4,14 @@
 from typing import Literal, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from rankfall._formats import Format
-from rankfall._lookup import may_look_at, read
+from rankfall._lookup import read
 from rankfall._posteriors import Posterior
 from rankfall._priors import Prior
+from rankfall._rows import Bags, may_look_at
 from rankfall._tensor import LowRankTensor
 
 _Device: TypeAlias = torch.device | str | None
@@ -261,20 +261,9 @@ class EmbeddingBag(nn.Module):
         _check_ids(self.weight, input, "EmbeddingBag")
         bags = len(input if offsets is None else offsets)
         ids, gone = _left(self.weight, input)
-        rows = read(self.weight.layout, self.weight.drawn(), ids, bags)
-        rows, padding = (rows, None) if self.padding_idx is None else rows.padded(self.padding_idx)
-        rows = rows.with_zeros(gone)
-        weights = per_sample_weights if per_sample_weights is None else per_sample_weights.to(rows.table.dtype)
-        reduced = F.embedding_bag(
-            rows.places,
-            rows.table,
-            offsets if offsets is None else offsets.to(rows.places.dtype),
-            mode=self.mode,
-            per_sample_weights=weights,
-            include_last_offset=self.include_last_offset,
-            padding_idx=padding,
-        )
-        return rows.widened(reduced)
+        rows = read(self.weight.layout, self.weight.drawn(), ids, bags).with_zeros(gone)
+        how = Bags(offsets, self.include_last_offset, self.mode, self.padding_idx, per_sample_weights)
+        return rows.widened(rows.reduced(how))
 
     def __repr__(self) -> str:
         return f"EmbeddingBag({self.num_embeddings}, {self.embedding_dim}, {self.mode!r}, {self.weight.describe()})"
@@ -357,7 +346,8 @@ def _check_ids(weight: LowRankTensor, ids: Tensor, kind: str) -> None:
     if not may_look_at(ids):
         # As torch has it on a device, where an error with the ids in it would have to be waited for.
         inside = ids.clamp(0, weight.shape[0] - 1).eq(ids).all()
-        torch._assert_async(inside, f"{_named(weight, kind)} has {weight.shape[0]} rows, and an id is none of them.")
+        message = f"{_named(weight, kind)} has {weight.shape[0]} rows, and an id is none of them."
+        torch._assert_async(inside, message)  # pyright: ignore[reportPrivateImportUsage]
         return
     low, high = (int(bound) for bound in ids.aminmax())
     if low < 0 or high >= weight.shape[0]:
