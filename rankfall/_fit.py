@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 from rankfall._elbo import JointDraw, check_weights
+from rankfall._graphs import Pass, Replayed
 from rankfall._groups import parameter_groups
 from rankfall._processes import Processes, number_started
 from rankfall._progress import ProgressBar
@@ -53,6 +54,7 @@ def fit(  # noqa: PLR0913  one call with defaults is what a reference loop is fo
     on_epoch: Callable[[list[Record]], object] | None = None,
     checkpoint: Path | str | None = None,
     accelerator: "Accelerator | None" = None,
+    cuda_graphs: bool = False,
     progress: bool = True,
 ) -> list[Record]:
     """Trains a model by minimising nll_mean + beta * KL / num_data, cutting slices between epochs.
@@ -105,6 +107,9 @@ def fit(  # noqa: PLR0913  one call with defaults is what a reference loop is fo
             the start, training goes on from it and ends as the uninterrupted run would have. Only the first process
             writes and reads it. Another number of processes may go on from it, though not to the same bits.
         accelerator: An accelerate.Accelerator for a device, mixed precision or seed of your choice.
+        cuda_graphs: Whether a single process on a GPU captures forward and backward passes as CUDA graphs, one for each
+            shape of batch in each epoch, and replays them: small layers leave a GPU waiting for the host. Model and
+            `nll` must not look at what a tensor holds, nor at anything of the host that changes from step to step.
         progress: Whether a progress bar is shown, by the first process.
 
     Returns:
@@ -115,8 +120,9 @@ def fit(  # noqa: PLR0913  one call with defaults is what a reference loop is fo
 
     Raises:
         ValueError: If an argument is out of range, `nll` returns another shape, the loss stops being finite, the
-            checkpoint is of another run, or processes have different models, sparse gradients, a loader that has been
-            dealt out already, or an accelerator that does not know of all of them.
+            checkpoint is of another run, a step cannot be captured as a CUDA graph, or processes have different models,
+            sparse gradients, a loader that has been dealt out already, or an accelerator that does not know of all of
+            them.
         ImportError: If accelerate is not installed.
     """
     kl_warmup = epochs // _WARMUP_PART if kl_warmup is None else kl_warmup
@@ -144,7 +150,8 @@ def fit(  # noqa: PLR0913  one call with defaults is what a reference loop is fo
             kl_weight = warm / num_data if has_kl else None
             objective = _Objective(prepared, nll, kl_weight, accelerator, processes, epoch)
             state.start_epoch(processes)
-            record = {"epoch": epoch, **_train_epoch(objective, batches, stepper), "lr": scheduler.get_last_lr()[0]}
+            record = {"epoch": epoch, **_train_epoch(objective, batches, stepper, cuda_graphs)}
+            record["lr"] = scheduler.get_last_lr()[0]
             scheduler.step()
             record["ranks"] = ranks(model)
             normalise_(model, sample, processes)
@@ -267,6 +274,12 @@ class _Objective:
             each = self._nll(batch)
         return each, divergence, each.mean() + self.kl_weight * divergence
 
+    def passes(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """The same without their graph, whose gradients the parameters have then."""
+        each, divergence, loss = self(to_device(batch, self.accelerator.device))
+        self.accelerator.backward(loss)
+        return each.detach(), divergence.detach(), loss.detach()
+
     def _nll(self, batch: Batch) -> Tensor:
         with self.accelerator.autocast():
             each = self.nll(self.model, batch)
@@ -323,23 +336,24 @@ class _Sums:
         return processes.from_first(lambda: figures)
 
 
-def _train_epoch(objective: _Objective, batches: Shard, optimizer: Optimizer) -> Record:
+def _train_epoch(objective: _Objective, batches: Shard, optimizer: Optimizer, cuda_graphs: bool) -> Record:
     objective.model.train()
     accelerator, processes = objective.accelerator, objective.processes
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    passes: Pass = objective.passes
+    if cuda_graphs and accelerator.device.type == "cuda" and processes.count == 1:
+        passes = Replayed(passes, parameters, accelerator.device)
     sums = _Sums(accelerator.device)
     for step, batch in enumerate(batches):
         optimizer.zero_grad()
         each, loss = torch.zeros(0, device=accelerator.device), torch.zeros((), device=accelerator.device)
         if batch is not NO_BATCH:
             with processes.own_noise():
-                each, divergence, loss = objective(to_device(batch, accelerator.device))
-                accelerator.backward(loss)
-            sums.kl = divergence.detach()
-        loss = processes.average_(parameters, loss.detach(), len(each))
+                each, sums.kl, loss = passes(batch)
+        loss = processes.average_(parameters, loss, len(each))
         objective.check(loss, step)
         optimizer.step()
-        sums.add(each.detach(), loss)
+        sums.add(each, loss)
     if sums.steps == 0:
         raise ValueError("loader gave no batch. Pass a DataLoader or a list, which can be iterated again each epoch.")
     objective.check(sums.loss, 0)

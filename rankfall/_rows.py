@@ -86,6 +86,7 @@ class TableRows(Rows):
     strides: tuple[int, int] = (1, 1)
 
     def without(self, id: int) -> "TableRows":
+        """As for `Rows`."""
         if self.distinct is None:
             its = torch.arange(len(self.table), device=self.table.device) == self._place(id)
         else:
@@ -93,18 +94,21 @@ class TableRows(Rows):
         return replace(self, table=self.table.masked_fill(its.unsqueeze(1), 0.0))
 
     def with_zeros(self, which: Bool[Tensor, "*ids"] | None) -> "TableRows":
+        """As for `Rows`; those ids stand for one more row."""
         if which is None:
             return self
         places = torch.where(which, len(self.table), self.places)
         return replace(self, table=F.pad(self.table, (0, 0, 0, 1)), places=places)
 
     def taken(self) -> Float[Tensor, "*ids width"]:
+        """As for `Rows`."""
         if may_look_at(self.table) and torch.get_num_threads() == 1 and self.places.numel() >= _MANY:
             rows: Tensor = _Taken.apply(self.table, self.places.flatten())  # pyright: ignore
             return rows.view(*self.places.shape, self.table.shape[1])
         return F.embedding(self.places, self.table)
 
     def reduced(self, bags: Bags) -> Float[Tensor, "bags width"]:
+        """As for `Rows`."""
         return F.embedding_bag(
             self.places,
             self.table,
@@ -162,15 +166,19 @@ class OwnRows(Rows):
     after: Tensor | None
 
     def without(self, id: int) -> "OwnRows":
+        """As for `Rows`."""
         return self.with_zeros(self.ids == id)
 
     def with_zeros(self, which: Bool[Tensor, "*ids"] | None) -> "OwnRows":
+        """As for `Rows`."""
         return self if which is None else replace(self, rows=self.rows.masked_fill(which.reshape(-1, 1), 0.0))
 
     def taken(self) -> Float[Tensor, "*ids width"]:
+        """As for `Rows`."""
         return self.rows.view(*self.ids.shape, self.rows.shape[1])
 
     def reduced(self, bags: Bags) -> Float[Tensor, "bags width"]:
+        """As for `Rows`."""
         rows, counted = self.taken(), self.rows.new_ones(*self.ids.shape, 1)
         if bags.left_out is not None:
             counted = (self.ids != bags.left_out).unsqueeze(-1).to(rows.dtype)

@@ -209,7 +209,8 @@ def accelerate_on_gpu(monkeypatch):
 
 @on_gpu
 @pytest.mark.usefixtures("accelerate_on_gpu")
-def test_fit_trains_and_cuts_on_a_gpu(tmp_path):
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_fit_trains_and_cuts_on_a_gpu(cuda_graphs, tmp_path):
     torch.manual_seed(0)
     teacher = torch.randn(30, 2) @ torch.randn(2, 24) / 4
     x = torch.randn(2000, 24)
@@ -231,6 +232,7 @@ def test_fit_trains_and_cuts_on_a_gpu(tmp_path):
             num_data=2000,
             optimizer=torch.optim.Adam(groups),
             checkpoint=tmp_path / "run.pt",
+            cuda_graphs=cuda_graphs,
             progress=False,
         )
         return model, history
@@ -242,6 +244,51 @@ def test_fit_trains_and_cuts_on_a_gpu(tmp_path):
     again, same = trained(30)
     assert same == history
     torch.testing.assert_close(again.weight.dense(), model.weight.dense())
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = rf.nn.Linear(6, 4, format=rf.TT(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.linear(x)
+        return -y if float(y.sum()) > 0 else y
+
+
+@on_gpu
+@pytest.mark.usefixtures("accelerate_on_gpu")
+def test_graphs_make_the_steps_that_fit_makes_without_them():
+    data = [batch(32) for _ in range(6)] + [batch(7)]
+
+    def nll(model: nn.Module, given: list[torch.Tensor]) -> torch.Tensor:
+        return F.cross_entropy(model(*given[:-1]), given[-1], reduction="none")
+
+    found = []
+    for cuda_graphs in (False, True):
+        torch.manual_seed(1)
+        model = Net(rf.Point(), "cuda")
+        options = {"epochs": 2, "num_data": 199, "selection": None, "cuda_graphs": cuda_graphs, "progress": False}
+        history = rf.fit(model, data, nll, optimizer=torch.optim.Adam(model.parameters(), lr=1e-3), **options)
+        found.append([*(torch.tensor(record["nll"]) for record in history), *model.state_dict().values()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+@on_gpu
+@pytest.mark.usefixtures("accelerate_on_gpu")
+def test_a_model_that_looks_at_its_numbers_is_no_graph():
+    data = [(torch.randn(8, 6), torch.randn(8, 4))] * 5
+    with pytest.raises(ValueError, match=r"a step cannot be repeated as a CUDA graph: .*Pass cuda_graphs=False"):
+        rf.fit(
+            Branching(),
+            data,
+            lambda model, given: (model(given[0]) - given[1]).square().sum(1),
+            epochs=1,
+            num_data=40,
+            cuda_graphs=True,
+            progress=False,
+        )
 
 
 @on_gpu
