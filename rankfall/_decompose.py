@@ -96,7 +96,7 @@ def _cp_als(layout: Layout, names: Axes, target: Tensor, rank: int) -> list[Tens
 
 
 def _noise(shape: Sequence[int], like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(tuple(shape), generator=generator, dtype=torch.float64).to(like.device)
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float64, device="cpu").to(like.device)
 
 
 def _leading_vectors(target: Tensor, rank: int) -> list[Tensor]:

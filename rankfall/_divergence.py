@@ -257,7 +257,7 @@ def _slices_of(
 ) -> tuple[Tensor, tuple[int, int, int]]:
     """The numbers of a factor's slices, and its shape as (before, rank, after)."""
     if governed is None:
-        return torch.tensor([otherwise]), (1, 1, shape.numel())
+        return torch.tensor([otherwise], device="cpu"), (1, 1, shape.numel())
     dim, first = governed
     viewed = (math.prod(shape[:dim]), shape[dim], math.prod(shape[dim + 1 :]))
-    return torch.arange(first, first + shape[dim]), viewed
+    return torch.arange(first, first + shape[dim], device="cpu"), viewed

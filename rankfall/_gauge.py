@@ -102,7 +102,8 @@ def aligned(layout: Layout, format: Format, prior: Prior, means: Sequence[Tensor
 
 
 def _gauge(layout: Layout, means: Sequence[Tensor], log_stds: Sequence[Tensor]) -> Gauge:
-    return Gauge(layout, [m.double() for m in means], [(2 * s.double()).exp() for s in log_stds])
+    """On the CPU: thousands of small operations, many of which wait for the one before."""
+    return Gauge(layout, [m.cpu().double() for m in means], [(2 * s.cpu().double()).exp() for s in log_stds])
 
 
 def _rotations(start: Gauge, format: Format) -> list[Gauge]:
@@ -322,7 +323,7 @@ def _balanced(gauge: Gauge, prior: Prior) -> Gauge:
     """The scales of all slices on all factors that bear them, those with the lowest KL; their products stay 1."""
     layout = gauge.layout
     free = {
-        bond: torch.zeros(len(places) - 1, gauge.means[places[0][0]].shape[places[0][1]], dtype=torch.float64)
+        bond: gauge.means[0].new_zeros(len(places) - 1, gauge.means[places[0][0]].shape[places[0][1]])
         for bond in layout.bonds
         if (places := layout.places(bond))
     }

@@ -172,7 +172,7 @@ class Processes:
         """Starts this process's own random numbers anew, from a draw of those that all have in common."""
         if self.alone:
             return
-        seed = int(torch.randint(_SEEDS, ()))
+        seed = int(torch.randint(_SEEDS, (), device="cpu"))
         common = self._random_state()
         torch.manual_seed(seed + self.index)
         self._own_noise = self._random_state()

@@ -44,10 +44,10 @@ class Clock:
     @cached_property
     def _place(self) -> tuple[Tensor, Tensor, Tensor]:
         """(step, sequence of each row; first row of each step)."""
-        sizes = torch.tensor(self.sizes)
+        sizes = torch.tensor(self.sizes, device="cpu")
         first = sizes.cumsum(0) - sizes
-        step = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
-        return step, torch.arange(self.rows) - first[step], first
+        step = torch.repeat_interleave(torch.arange(len(sizes), device="cpu"), sizes)
+        return step, torch.arange(self.rows, device="cpu") - first[step], first
 
     @cached_property
     def mirror(self) -> Int[Tensor, " rows"]:
@@ -77,7 +77,7 @@ class Clock:
         """Of the same, those after the last row of each sequence; shape (directions, sequences, size)."""
         _, sequence, first = self._place
         lengths = torch.bincount(sequence, minlength=self.sizes[0])
-        return states.index_select(1, self.sizes[0] + first[lengths - 1] + torch.arange(self.sizes[0]))
+        return states.index_select(1, self.sizes[0] + first[lengths - 1] + sequence[: self.sizes[0]])
 
 
 class _Buffer:

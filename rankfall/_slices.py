@@ -194,13 +194,13 @@ class Sliced(nn.Module):
     def refit_(self, bond: str, index: Tensor, optimizer: Optimizer | None = None) -> None:
         """Keeps the given slices of a bond as `keep_slices_` does, then moves the means as near to dense() as they get.
 
-        Least squares on Gram matrices; dense() is never formed. Standard deviations stay those of the slices kept.
+        Least squares on Gram matrices, on the CPU; dense() is never formed. Standard deviations stay those of the
+        slices kept.
         """
-        before = [f.double() for f in self.factors]
+        before = [f.cpu().double() for f in self.factors]
         self.keep_slices_(bond, index, optimizer)
-        for factor, value in zip(
-            self.factors, _decompose.refit(self.layout, before, [f.double() for f in self.factors]), strict=True
-        ):
+        after = _decompose.refit(self.layout, before, [f.cpu().double() for f in self.factors])
+        for factor, value in zip(self.factors, after, strict=True):
             factor.copy_(value)
             if optimizer is not None:
                 forget_(factor, optimizer)
