@@ -17,10 +17,6 @@ from torch.autograd.function import once_differentiable
 
 from rankfall._einsum import rounded
 
-_TOGETHER = 32  # Rows, sorted by their matrix, whose gradients one program adds up.
-_WORTH_SORTING = 1 << 23  # Additions to gradients that may take longer than to sort the rows first,
-_CROWDED = 512  # if so many rows have the same matrix that they wait for each other.
-_COPIES = 8  # Of the gradients, where rows have few matrices among them.
 _UNROLLED = 4  # Steps of a sum whose numbers are fetched together.
 _LONGEST = 64  # Side of the tile that a program holds in registers.
 _TILE = 2048  # Entries of that tile.
@@ -71,10 +67,7 @@ def gradient_kernel(
     left,
     grad,
     which,
-    order,
     out,
-    n,
-    groups,
     p,
     q,
     s,
@@ -84,43 +77,30 @@ def gradient_kernel(
     grad_n,
     grad_p,
     grad_s,
-    COPIES: tl.constexpr,
-    SORTED: tl.constexpr,
-    TOGETHER: tl.constexpr,
     UNROLLED: tl.constexpr,
     SUM: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """out[copy, which[k]] += left[k].T @ grad[k] for a few k in a row, or k = order[...] if SORTED; one tile of it.
+    """out[which[n]] += left[n].T @ grad[n], one tile of one n.
 
-    Neighbours with the same matrix are added up before they are added to it, which other programs do as well.
+    To sort the rows by their matrix first, and add up neighbours, takes longer than the programs wait for each other.
     """
-    first = tl.program_id(0) * TOGETHER
+    n = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     columns = tl.program_id(2) * BLOCK_S + tl.arange(0, BLOCK_S)
     is_row, is_column = rows < q, columns < s
-    in_tile = is_row[:, None] & is_column[None, :]
-    # Programs that follow each other add to copies of their own: many add to the matrix of a frequent word.
-    place = out + (tl.program_id(0) % COPIES).to(tl.int64) * groups * q * s + rows[:, None] * s + columns[None, :]
+    x_at = left + n * left_n + rows * left_q
+    y_at = grad + n * grad_n + columns * grad_s
     total = tl.zeros((BLOCK_Q, BLOCK_S), SUM)
-    current = tl.load(which + first).to(tl.int64)
-    for member in range(first, min(first + TOGETHER, n)):
-        own = tl.load(which + member).to(tl.int64)
-        if own != current:
-            tl.atomic_add(place + current * q * s, total, mask=in_tile, sem="relaxed")
-            total = tl.zeros((BLOCK_Q, BLOCK_S), SUM)
-            current = own
-        k = tl.load(order + member).to(tl.int64) if SORTED else own * 0 + member  # A wide integer.
-        x_at = left + k * left_n + rows * left_q
-        y_at = grad + k * grad_n + columns * grad_s
-        for i0 in range(0, p, UNROLLED):
-            for i in tl.static_range(UNROLLED):  # pyright: ignore[reportGeneralTypeIssues]
-                inside = i0 + i < p
-                x = tl.load(x_at + (i0 + i) * left_p, mask=is_row & inside, other=0.0).to(SUM)
-                y = tl.load(y_at + (i0 + i) * grad_p, mask=is_column & inside, other=0.0).to(SUM)
-                total += x[:, None] * y[None, :]
-    tl.atomic_add(place + current * q * s, total, mask=in_tile, sem="relaxed")
+    for k0 in range(0, p, UNROLLED):
+        for k in tl.static_range(UNROLLED):  # pyright: ignore[reportGeneralTypeIssues]
+            inside = k0 + k < p
+            x = tl.load(x_at + (k0 + k) * left_p, mask=is_row & inside, other=0.0).to(SUM)
+            y = tl.load(y_at + (k0 + k) * grad_p, mask=is_column & inside, other=0.0).to(SUM)
+            total += x[:, None] * y[None, :]
+    place = tl.load(which + n).to(tl.int64) * q * s + rows[:, None] * s + columns[None, :]
+    tl.atomic_add(out + place, total, mask=is_row[:, None] & is_column[None, :], sem="relaxed")
 
 
 def own_products(
@@ -206,39 +186,28 @@ def _gradients(left: Tensor, grad: Tensor, which: Tensor, groups: int) -> Tensor
     """The sum of left[k].T @ grad[k] over the k that chose each matrix, shape (groups, q, s)."""
     (n, p, q), s = left.shape, grad.shape[2]
     dtype = torch.float64 if left.dtype == torch.float64 else torch.float32
-    if not n * groups * q * s:
-        return left.new_zeros(groups, q, s, dtype=dtype)
-    is_sorted = n * q * s > _WORTH_SORTING and n > _CROWDED * groups
-    # The order of rows by their matrix; without it no kernel reads the second one.
-    which, order = which.sort(stable=True) if is_sorted else (which, which)
-    together = _TOGETHER if is_sorted else 1
-    copies = _COPIES if not is_sorted and n > _COPIES * groups else 1
-    out = left.new_zeros(copies, groups, q, s, dtype=dtype)
+    out = left.new_zeros(groups, q, s, dtype=dtype)
+    if not n * out.numel():
+        return out
     block_q, block_s = _tile(q, s)
-    grid = triton.cdiv(n, together), triton.cdiv(q, block_q), triton.cdiv(s, block_s)
+    grid = n, triton.cdiv(q, block_q), triton.cdiv(s, block_s)
     gradient_kernel[grid](
         left,
         grad,
         which,
-        order,
         out,
-        n,
-        groups,
         p,
         q,
         s,
         *left.stride(),
         *grad.stride(),
-        COPIES=copies,
-        SORTED=is_sorted,
-        TOGETHER=together,
         UNROLLED=_UNROLLED,
         SUM=_sum_of(left),
         BLOCK_Q=block_q,
         BLOCK_S=block_s,
         num_warps=_warps(block_q * block_s),  # pyright: ignore[reportCallIssue]
     )
-    return out.sum(0)
+    return out
 
 
 def _tile(rows: int, columns: int) -> tuple[int, int]:

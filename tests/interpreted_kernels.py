@@ -44,16 +44,6 @@ def check_case(n, m, p, q, s, dtype):
         torch.testing.assert_close(one.double(), other, rtol=accuracy, atol=accuracy * 10)
 
 
-def check_sorted_gradients():
-    names = ("_WORTH_SORTING", "_CROWDED", "_TOGETHER")
-    before = [getattr(_kernels, name) for name in names]
-    _kernels._WORTH_SORTING, _kernels._CROWDED, _kernels._TOGETHER = 0, 0, 4
-    for case in ((1, 1, 1, 1, 1), (7, 3, 4, 5, 6), (70, 9, 2, 3, 4), (64, 1, 1, 2, 3), (3, 2, 2, 70, 40)):
-        check_case(*case, torch.float64)
-    for name, value in zip(names, before, strict=True):
-        setattr(_kernels, name, value)
-
-
 def check_a_single_gradient():
     left, matrices = torch.randn(6, 2, 3), torch.randn(4, 3, 5)
     which = torch.randint(4, (6,))
@@ -104,14 +94,6 @@ def check_tables():
 
 
 if __name__ == "__main__":
-    checks = (
-        check_products,
-        check_sorted_gradients,
-        check_a_single_gradient,
-        check_autocast,
-        check_the_trial,
-        check_tables,
-    )
-    for check in checks:
+    for check in (check_products, check_a_single_gradient, check_autocast, check_the_trial, check_tables):
         check()
         sys.stdout.write(f"{check.__name__}: fine\n")
