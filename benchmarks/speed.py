@@ -111,7 +111,7 @@ def _timed(case: Case, rivals: list[str], rounds: int) -> dict:
                 steps[rival] = step
             if on_gpu() and rival in ("dense", "rankfall"):
                 steps[f"{rival}{_AS_GRAPH}"] = captured(step)
-        except (RuntimeError, MemoryError, ValueError) as error:
+        except (RuntimeError, MemoryError, ValueError, TypeError) as error:
             print(f"{case.name}: {rival} fails: {error}", file=sys.stderr)
     times: dict[str, list[float]] = {rival: [] for rival in steps}
     for _ in range(rounds):
@@ -142,7 +142,7 @@ def _peak_on_gpu(case: Case, rival: str) -> int | None:
         step = case.make[rival]()
         for _ in range(3):
             step()
-    except (RuntimeError, ValueError):
+    except (RuntimeError, ValueError, TypeError):
         return None
     return torch.cuda.max_memory_allocated() - before
 

@@ -58,3 +58,17 @@ def test_initial_variance_survives_half_precision(kind):
     layer = rf.nn.Linear(64, 48, format=kind(4), dtype=torch.bfloat16)
     size = layer.weight.dense().float().square().mean().sqrt().item()
     assert size == pytest.approx((2 / 64) ** 0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("make", [rf.nn.LSTM, rf.nn.GRU])
+def test_torch_gets_recurrent_weights_and_biases_of_one_type(make, kind, monkeypatch):
+    layer, seen, call = make(12, 8, format=kind(3)), [], torch.func.functional_call
+
+    def noted(module, values, *rest):
+        seen.extend(value.dtype for value in values.values())
+        return call(module, values, *rest)
+
+    monkeypatch.setattr(torch.func, "functional_call", noted)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layer(torch.randn(5, 2, 12))
+    assert set(seen) == {torch.float32}

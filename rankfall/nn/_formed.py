@@ -55,7 +55,9 @@ class Formed(nn.Module):
         for name in self._weights:
             tensor = self.get_submodule(name)
             assert isinstance(tensor, LowRankTensor)
-            values[name] = tensor.sample() if tensor.training else tensor.dense()
+            formed = tensor.sample() if tensor.training else tensor.dense()
+            # Autocast makes it of the narrow type, and cuDNN takes weights and biases of one type only.
+            values[name] = formed.to(tensor.factors[0].dtype)
         own = dict(like.named_parameters())
         try:
             return torch.func.functional_call(like, values, arguments, options)
