@@ -207,6 +207,11 @@ def test_resuming_with_other_options(capsys):
         (["--max-rank", "0", "--method", "compress"], "TTM: max_rank must be 1 or more, got 0"),
         (["--limit", "0"], "--limit must be 1 row or more, got 0"),
         (["--beta", "-1"], "--beta must be 0 or more, got -1.0"),
+        pytest.param(
+            ["--cuda-graphs"],
+            "--cuda-graphs needs a GPU, and torch finds none. Leave it out.",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU"),
+        ),
         (["--threshold", "1.5"], "--threshold must be from 0 up to but not including 1, got 1.5"),
         (["--max-rank", "0"], "TTM: max_rank must be 1 or more, got 0"),
         (["--max-rank", "-3"], "TTM: max_rank must be 1 or more, got -3"),

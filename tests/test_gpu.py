@@ -91,6 +91,37 @@ def first(y):
     return y[0] if isinstance(y, tuple) else y
 
 
+class Reader(nn.Module):
+    """A table of words that is read by one of its halves, and two recurrent layers in both directions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = rf.nn.Embedding(
+            25_000,
+            256,
+            padding_idx=0,
+            format=rf.TT(8, out_modes=(25_000, 1), in_modes=(1, 256)),
+            posterior=rf.Point(),
+        )
+        self.lstm = rf.nn.LSTM(
+            256, 32, num_layers=2, bidirectional=True, batch_first=True, format=rf.TT(4), posterior=rf.Point()
+        )
+        self.head = rf.nn.Linear(64, 2, format=rf.TT(2), posterior=rf.Point())
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.lstm(self.words(ids))[0].mean(1))
+
+
+def texts(count: int = 12) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches of three lengths in turn, words as frequent as they are in texts, filled up with padding."""
+    found = []
+    for k in range(count):
+        ids = (25_000 ** torch.rand(64, (128, 40, 7)[k % 3])).long().clamp(max=24_999)
+        ids[:8, -2:] = 0
+        found.append((ids, torch.randint(2, (64,))))
+    return found
+
+
 def gradients(layer: nn.Module, inputs: tuple[torch.Tensor, ...]):
     y = first(layer(*inputs))
     (y * torch.linspace(0.1, 1, y.numel(), dtype=y.dtype, device=y.device).view(y.shape)).sum().backward()
@@ -285,6 +316,42 @@ def test_graphs_make_the_steps_that_fit_makes_without_them():
         found.append([*(torch.tensor(record["nll"]) for record in history), *model.state_dict().values()])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+@on_gpu
+def test_gradients_of_a_reader_are_those_of_a_cpu():
+    model = Reader()
+    twin = Reader()
+    twin.load_state_dict(model.state_dict())
+    twin.cuda()
+    for ids, labels in texts(3):
+        for each, x, y in ((model, ids, labels), (twin, ids.cuda(), labels.cuda())):
+            each.zero_grad()
+            F.cross_entropy(each(x), y).backward()
+        for one, other in zip(twin.parameters(), model.parameters(), strict=True):
+            assert (one.grad.cpu() - other.grad).norm() <= 0.01 * other.grad.norm() + 1e-7
+
+
+@on_gpu
+@pytest.mark.usefixtures("accelerate_on_gpu")
+@pytest.mark.parametrize("make", [Reader, lambda: Net(rf.Point(), "cpu")], ids=["reader", "net"])
+def test_batches_of_many_shapes_train_alike_in_all_ways(make):
+    is_reader = make is Reader
+    data = texts(24) if is_reader else [batch(32 if k % 3 else 9) for k in range(24)]
+
+    def nll(model: nn.Module, given: list[torch.Tensor]) -> torch.Tensor:
+        return F.cross_entropy(model(*given[:-1]), given[-1], reduction="none")
+
+    found = []
+    for cuda_graphs in (False, True):
+        torch.manual_seed(1)
+        model = make()
+        options = {"epochs": 2, "num_data": 1536, "selection": None, "cuda_graphs": cuda_graphs, "progress": False}
+        history = rf.fit(
+            model, data, nll, optimizer=torch.optim.Adam(model.parameters(), lr=1e-3, fused=True), **options
+        )
+        found.append([torch.tensor(record["nll"]) for record in history])
+    torch.testing.assert_close(*map(torch.stack, found), rtol=1e-3, atol=1e-4)
 
 
 @on_gpu

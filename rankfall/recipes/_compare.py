@@ -83,6 +83,8 @@ class CompareOptions:
     """Tokens of each text that are read; the recipe's own number (imdb and transformer 128) if left out."""
     precision: PrecisionName = "float32"
     """Of matrix products and convolutions while training; parameters, KL and the figures stay float32."""
+    cuda_graphs: bool = False
+    """On a GPU: capture the steps of each epoch as CUDA graphs and replay them."""
     prior: PriorName = "half-cauchy"
     """Hyperprior of the prior scales."""
     posterior: PosteriorName = "mean-field"
@@ -138,6 +140,7 @@ class CompareOptions:
             synthetic=self.synthetic,
             length=self.length,
             precision=self.precision,
+            cuda_graphs=self.cuda_graphs,
             out=self.path / f"{method}-seed{seed}",
         )
         return replace(options, resume=RunFolder(options).config.is_file())

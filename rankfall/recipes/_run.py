@@ -263,7 +263,7 @@ def _fit(
             evaluate=lambda: measure(model, data, _TEST_BATCHES * network.batch_size),
             on_epoch=lambda records, joined=joined: folder.write_history(joined(records)),
             checkpoint=folder.path / phase.checkpoint,
-            cuda_graphs=True,
+            cuda_graphs=options.cuda_graphs,
             progress=progress,
         )
         history = joined(records)
