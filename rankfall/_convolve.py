@@ -97,6 +97,7 @@ class SmallKernels(NamedTuple):
     after: Tensor | None
 
 
+@planned_once
 def parts_of(layout: Layout, maps_in: bool, maps_out: bool) -> Parts | None:
     """Splits the factors; None where the format has no factors of channels alone, as a TT-matrix has none."""
     modes = set(layout.mode_sizes)

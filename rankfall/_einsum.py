@@ -55,17 +55,27 @@ _Planner = TypeVar("_Planner", bound=Callable[..., object])
 
 
 def planned_once(planner: _Planner) -> _Planner:
-    """A planner whose results are kept, and are constants of a graph that torch.compile makes for given sizes."""
+    """A planner whose results are kept, and are constants of a graph that torch.compile makes for given sizes.
+
+    What an argument is made of, its `parts`, goes into a graph in its place: before torch 2.13 a constant function takes
+    nothing but numbers, strings, and tuples of them.
+    """
     kept = lru_cache(maxsize=4096)(planner)
     on_change(kept.cache_clear)
 
-    @wraps(planner)
-    def constant(*arguments: Any) -> object:  # noqa: ANN401  those of any planner
-        return kept(*arguments)
+    def constant(*plain: Any) -> object:  # noqa: ANN401  the arguments of any planner
+        return kept(*[kind(*value) if kind else value for kind, value in plain])
 
     # What torch.compiler.assume_constant_result sets; calling it would import the compiler with the library.
     constant._dynamo_marked_constant = True  # pyright: ignore
-    return constant  # pyright: ignore
+
+    @wraps(planner)
+    def planned(*arguments: Any) -> object:  # noqa: ANN401
+        if torch.compiler.is_compiling():
+            return constant(*[(type(a), a.parts) if hasattr(a, "parts") else (None, a) for a in arguments])
+        return kept(*arguments)
+
+    return planned  # pyright: ignore
 
 
 def shapes_of(tensors: Iterable[Tensor]) -> Shapes:

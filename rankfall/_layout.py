@@ -8,7 +8,7 @@ the size of a bond. Everything that rankfall computes, from contraction to pruni
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from rankfall._einsum import Axes, planned_once
 
@@ -34,6 +34,11 @@ class Layout:
     factors: tuple[Axes, ...]
     governs: tuple[tuple[str, tuple[tuple[int, int], ...]], ...]
     core: int | None = None
+
+    @property
+    def parts(self) -> tuple[Any, ...]:
+        """What it is made of, in order."""
+        return self.shape, self.modes, self.factors, self.governs, self.core
 
     @property
     def axes(self) -> tuple[Axes, ...]:

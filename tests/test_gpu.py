@@ -16,7 +16,6 @@ from rankfall._elbo import JointDraw
 
 # The compiler's own.
 of_compiler = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
-compiles = pytest.mark.skipif(torch.__version__ < "2.13", reason="torch.compile takes no frozen dataclass before 2.13")
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 IDS = torch.randint(600, (4, 9), generator=torch.Generator().manual_seed(0))
@@ -158,7 +157,6 @@ def test_a_layer_in_bfloat16_adds_up_in_float32(name, kind):
 
 @on_gpu
 @of_compiler
-@compiles
 @pytest.mark.parametrize("name", [name for name in LAYERS if name not in ("LSTM", "GRU")])
 def test_a_layer_compiles_to_one_graph(name, kind):
     make, inputs = LAYERS[name]
@@ -171,7 +169,6 @@ def test_a_layer_compiles_to_one_graph(name, kind):
 
 @on_gpu
 @of_compiler
-@compiles
 @pytest.mark.parametrize("name", ["linear", "embedding", "bag"])
 def test_inductor_compiles_for_a_gpu(name):
     make, inputs = LAYERS[name]
@@ -394,7 +391,6 @@ def test_tables_never_look_at_their_ids_on_another_device(kind):
 
 
 @of_compiler
-@compiles
 def test_a_compiled_table_refuses_an_id_that_is_no_row():
     layer = rf.nn.Embedding(60, 12, format=rf.TTM(3))
     torch.compiler.reset()
