@@ -90,6 +90,15 @@ def _joint(tensors: Sequence[Factors]) -> tuple["_Flat", list[Tensor]]:
     return flat, means + ([tensors[k].log_stds[factor] for k, factor in flat.order] if tensors[0].log_stds else [])
 
 
+def _unflattened(flat: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Views of one buffer in the shapes of tensors."""
+    views = _unflatten_dense_tensors(flat, like)
+    if all(map(Tensor.numel, like)):
+        return views
+    # From earlier versions of torch one without entries comes in another shape.
+    return [view.view_as(tensor) for view, tensor in zip(views, like, strict=True)]
+
+
 class _Divergence(torch.autograd.Function):
     """The KL with its gradient in closed form: mean / s^2, and std^2 / s^2 - 1 for a log std.
 
@@ -113,7 +122,7 @@ class _Divergence(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         found = torch.cat([gradient * partial for partial in ctx.saved_tensors])  # pyright: ignore
-        return (None, None, None, *_unflatten_dense_tensors(found, ctx.like))  # pyright: ignore[reportAttributeAccessIssue]
+        return (None, None, None, *_unflattened(found, ctx.like))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class _Draw(torch.autograd.Function):
@@ -131,7 +140,7 @@ class _Draw(torch.autograd.Function):
         ctx.save_for_backward(away, *gradients)
         ctx.like = parameters  # pyright: ignore[reportAttributeAccessIssue]
         drawn = (mean + away).to(parameters[0].dtype)
-        return value, *_unflatten_dense_tensors(drawn, parameters[: len(flat.order)])
+        return value, *_unflattened(drawn, parameters[: len(flat.order)])
 
     @staticmethod
     @once_differentiable
@@ -140,7 +149,7 @@ class _Draw(torch.autograd.Function):
         of_draw = _flatten_dense_tensors(of_draws).to(away.dtype)
         parts = torch.addcmul(of_draw, of_mean, of_kl), torch.addcmul(of_draw * away, of_log_std, of_kl)
         found = torch.cat(parts)
-        return (None, None, *_unflatten_dense_tensors(found, ctx.like))  # pyright: ignore[reportAttributeAccessIssue]
+        return (None, None, *_unflattened(found, ctx.like))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _bound(

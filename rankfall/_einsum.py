@@ -57,8 +57,8 @@ _Planner = TypeVar("_Planner", bound=Callable[..., object])
 def planned_once(planner: _Planner) -> _Planner:
     """A planner whose results are kept, and are constants of a graph that torch.compile makes for given sizes.
 
-    What an argument is made of, its `parts`, goes into a graph in its place: before torch 2.13 a constant function
-    takes nothing but numbers, strings, and tuples of them.
+    What an argument is made of, its `parts`, goes into a graph in its place: up to torch 2.11 at least, a constant
+    function takes nothing but numbers, strings, and tuples of them.
     """
     kept = lru_cache(maxsize=4096)(planner)
     on_change(kept.cache_clear)

@@ -114,5 +114,5 @@ def mode_names(modes: Sequence[Modes]) -> tuple[Axes, ...]:
     """A name for each mode of each axis: o1, o2 and so on for the first, i1 for the second."""
     return tuple(
         tuple(f"{letter}{k + 1}" for k in range(len(sizes)))
-        for letter, sizes in zip(_AXIS_LETTERS, modes, strict=False)
+        for letter, sizes in zip(_AXIS_LETTERS[: len(modes)], modes, strict=True)
     )

@@ -206,8 +206,8 @@ def _rows_of(
     taken = []
     for k in which:
         factor, axes = factors[k], layout.factors[k]
-        dim = next((d for d, name in enumerate(axes) if name in digit), None)
-        taken.append(factor if dim is None else factor.movedim(dim, 0).index_select(0, digit[axes[dim]]))
+        dims = [d for d, name in enumerate(axes) if name in digit]
+        taken.append(factor.movedim(dims[0], 0).index_select(0, digit[axes[dims[0]]]) if dims else factor)
     steps = _row_plan(layout, shapes_of(factors), len(rows), which, kept)
     found = run(steps, taken).flatten(1)
     width = layout.shape[1]

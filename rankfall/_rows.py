@@ -2,7 +2,7 @@
 """Rows that were read of a low-rank matrix, on their way to what a layer gives: each alone, or reduced over bags."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -91,14 +91,15 @@ class TableRows(Rows):
             its = torch.arange(len(self.table), device=self.table.device) == self._place(id)
         else:
             its = self.distinct == id
-        return replace(self, table=self.table.masked_fill(its.unsqueeze(1), 0.0))
+        table = self.table.masked_fill(its.unsqueeze(1), 0.0)
+        return TableRows(table, self.places, self.after, self.distinct, self.strides)
 
     def with_zeros(self, which: Bool[Tensor, "*ids"] | None) -> "TableRows":
         """As for `Rows`; those ids stand for one more row."""
         if which is None:
             return self
         places = torch.where(which, len(self.table), self.places)
-        return replace(self, table=F.pad(self.table, (0, 0, 0, 1)), places=places)
+        return TableRows(F.pad(self.table, (0, 0, 0, 1)), places, self.after, self.distinct, self.strides)
 
     def taken(self) -> Float[Tensor, "*ids width"]:
         """As for `Rows`."""
@@ -171,7 +172,9 @@ class OwnRows(Rows):
 
     def with_zeros(self, which: Bool[Tensor, "*ids"] | None) -> "OwnRows":
         """As for `Rows`."""
-        return self if which is None else replace(self, rows=self.rows.masked_fill(which.reshape(-1, 1), 0.0))
+        if which is None:
+            return self
+        return OwnRows(self.rows.masked_fill(which.reshape(-1, 1), 0.0), self.ids, self.after)
 
     def taken(self) -> Float[Tensor, "*ids width"]:
         """As for `Rows`."""
