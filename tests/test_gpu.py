@@ -16,6 +16,7 @@ from rankfall._elbo import JointDraw
 
 # The compiler's own.
 of_compiler = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:cuDNN's:RuntimeWarning")  # Of GPUs on which it is wrong.
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 IDS = torch.randint(600, (4, 9), generator=torch.Generator().manual_seed(0))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from rankfall._cudnn import cudnn_where_right
 from rankfall._einsum import rounded, shapes_of
 from rankfall._formats import Format
 from rankfall._matmul import linear, linear_way
@@ -161,7 +162,9 @@ class _Recurrent(Formed):
         self._check(input)
         if self._steps_are_own(input, hx):
             return self._through_time(input, hx)
-        return self._run(input, hx)
+        data = input.data if isinstance(input, PackedSequence) else input
+        with cudnn_where_right(self.like, data):
+            return self._run(input, hx)
 
     def _steps_are_own(self, input: Sequences, hx: Any) -> bool:  # noqa: ANN401
         """Whether the library's own steps run, where they are faster than torch's; what torch refuses is left to it.

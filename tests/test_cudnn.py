@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recurrent layers leave cuDNN where its gradients are not torch's own; test_gpu.py asks a GPU."""
+
+import pytest
+import torch
+from torch import nn
+
+import rankfall as rf
+from rankfall import _cudnn
+
+OPTIONS = (12, 8, 2, True, True)
+
+
+@pytest.fixture(autouse=True)
+def _asked_anew():
+    _cudnn._agrees.cache_clear()
+    yield
+    _cudnn._agrees.cache_clear()
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_the_trial_has_all_gradients_and_leaves_the_noise_as_it_was(kind):
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        found = _cudnn._gradients(kind, OPTIONS, torch.device("cpu"), torch.float32, cudnn=True)
+    assert torch.equal(torch.get_rng_state(), state)
+    layer = kind(12, 8, 2, bidirectional=True)
+    assert [g.shape for g in found] == [(32, 64, 12), *(p.shape for p in layer.parameters())]
+    assert _cudnn._agrees(kind, OPTIONS, torch.device("cpu"), torch.float32)
+
+
+def test_wrong_gradients_are_reported_once(monkeypatch):
+    monkeypatch.setattr(_cudnn, "_gradients", lambda *_, cudnn: [torch.ones(3) * (0.5 if cudnn else 1.0)])
+    asked = nn.LSTM, OPTIONS, torch.device("cpu"), torch.float32
+    with pytest.warns(RuntimeWarning, match="cuDNN's LSTM of hidden_size=8 gives other gradients on cpu .*50%"):
+        assert not _cudnn._agrees(*asked)
+    assert not _cudnn._agrees(*asked)
+
+
+@pytest.mark.parametrize("is_right", [True, False])
+@pytest.mark.parametrize("make", [rf.nn.LSTM, rf.nn.GRU])
+def test_a_layer_runs_without_cudnn_where_that_is_wrong(make, is_right, monkeypatch):
+    layer, seen, call = make(12, 8, format=rf.TT(3)), [], torch.func.functional_call
+
+    def noted(*arguments):
+        seen.append(torch.backends.cudnn.enabled)
+        return call(*arguments)
+
+    monkeypatch.setattr(torch.func, "functional_call", noted)
+    monkeypatch.setattr(type(layer), "_steps_are_own", lambda *_: False)
+    monkeypatch.setattr(_cudnn, "_is_asked", lambda _: True)
+    monkeypatch.setattr(_cudnn, "_agrees", lambda *_: is_right)
+    layer(torch.randn(5, 2, 12))
+    assert seen == [is_right]
+    assert torch.backends.cudnn.enabled
+
+
+def test_no_other_device_is_asked():
+    assert not _cudnn._is_asked(torch.device("cpu"))
