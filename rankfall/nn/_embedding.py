@@ -27,8 +27,8 @@ class Embedding(nn.Module):
 
     Row ids become one digit per row mode. Each distinct id of a call is computed once (on a GPU, which would have to be
     waited for, each id), so time and memory grow with the ids and not with the table, unless the table is so small that
-    forming it is cheaper; gradients reach the factors densely, for they are small. In train mode W is one draw from the posterior per call, in eval mode its
-    mean.
+    forming it is cheaper; gradients reach the factors densely, for they are small. In train mode W is one draw from the
+    posterior per call, in eval mode its mean.
 
     Example:
         >>> table = rf.nn.Embedding(10_131_227, 128, format=rf.TTM(16, out_modes=(200, 220, 250), in_modes=(4, 4, 8)))
@@ -140,8 +140,8 @@ class Embedding(nn.Module):
 class EmbeddingBag(nn.Module):
     """Sum or mean of the rows of each bag of ids, W a low-rank tensor; torch.nn.EmbeddingBag otherwise.
 
-    On a CPU each distinct id of a call is computed once, however many bags hold it, and bags are reduced before the rows
-    are widened, where the format lets them; see `Embedding`.
+    On a CPU each distinct id of a call is computed once, however many bags hold it, and bags are reduced before the
+    rows are widened, where the format lets them; see `Embedding`.
 
     Example:
         >>> table = rf.nn.EmbeddingBag(1000, 16, mode="sum", format=rf.TT(max_rank=8))
