@@ -44,7 +44,8 @@ def test_memory_that_was_had_is_not_mapped_anew():
     told, kept = faults("keep_pages()")
     if told != "True":
         pytest.skip("another C library than glibc")
-    assert kept < usual / 10, (kept, usual)  # Ten tensors of 32 MB: mapped by pages of 4 kB each time, or not at all.
+    # Ten tensors of 32 MB: mapped by pages of 4 kB each time, or never, or once more where something small took a place.
+    assert kept < usual / 3, (kept, usual)
 
 
 def test_elsewhere_nothing_is_told(monkeypatch):
