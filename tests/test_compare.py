@@ -201,14 +201,38 @@ def test_bad_arguments(capsys, arguments, text):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["--epochs", "6"], "was started with --epochs 4, not 6. Pass --epochs 4 to resume it, or start anew in"),
-        (["--format", "tt"], "was started with --format ttm, not tt."),
-        (["--max-rank", "5"], "was started with --max-rank None, not 5."),
+        (
+            ["--epochs", "6"],
+            "was started with --epochs 4, not with --epochs 6. Pass --epochs 4 to resume it, or start anew in",
+        ),
+        (["--format", "tt"], "was started with --format ttm, not with --format tt."),
+        (["--max-rank", "5"], "was started without --max-rank, not with --max-rank 5. Leave --max-rank out to resume"),
     ],
 )
 def test_other_options_are_refused(whole: Path, capsys, arguments, text):
     shutil.copytree(whole, "all")
     assert text in refused(capsys, *RUN, *arguments)
+
+
+def rewrite_configs(change: dict[str, object]) -> None:
+    """Rewrites the options of all runs; None removes one."""
+    for path in Path("all").glob("*/config.json"):
+        options = json.loads(path.read_text()) | change
+        path.write_text(json.dumps({name: value for name, value in options.items() if name not in change or value}))
+
+
+def test_runs_older_than_an_option_go_on_without_it(whole: Path, capsys):
+    shutil.copytree(whole, "all")
+    rewrite_configs({"cuda_graphs": None})
+    main(RUN)
+    assert "evidence" in capsys.readouterr().out
+
+
+def test_a_switch_that_was_on_is_named(whole: Path, capsys):
+    shutil.copytree(whole, "all")
+    rewrite_configs({"cuda_graphs": True})
+    text = "was started with --cuda-graphs, not without --cuda-graphs. Pass --cuda-graphs to resume it"
+    assert text in refused(capsys, *RUN)
 
 
 def test_a_folder_of_a_later_run_that_is_taken_is_refused_first(capsys):

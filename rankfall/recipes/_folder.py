@@ -63,13 +63,15 @@ class RunFolder:
             return
         if not self.config.is_file():
             raise ValueError(f"no run to resume in {self.path}: it has no config.json. Leave --resume out to start it.")
-        started, now = json.loads(self.config.read_text()), _computed(self.options)
-        for name, value in now.items():
-            if started.get(name) != value:
+        # A run that is older than an option was made as it is without it.
+        usual = {field.name: field.default for field in dataclasses.fields(self.options)}
+        started = usual | json.loads(self.config.read_text())
+        for name, value in _computed(self.options).items():
+            if started[name] != value:
                 flag = "--" + name.replace("_", "-")
+                was, now, again = _as_given(flag, started[name]), _as_given(flag, value), _to_give(flag, started[name])
                 raise ValueError(
-                    f"{self.path} was started with {flag} {started.get(name)}, not {value}. "
-                    f"Pass {flag} {started.get(name)} to resume it, or start anew in another --out."
+                    f"{self.path} was started {was}, not {now}. {again} to resume it, or start anew in another --out."
                 )
 
     def open(self) -> None:
@@ -93,6 +95,18 @@ class RunFolder:
         """Writes history.jsonl, one line per epoch."""
         lines = "".join(json.dumps(record) + "\n" for record in history)
         write_atomic(self.history, lambda p: p.write_text(lines))
+
+
+def _as_given(flag: str, value: object) -> str:
+    if value is True:
+        return f"with {flag}"
+    return f"without {flag}" if value is None or value is False else f"with {flag} {value}"
+
+
+def _to_give(flag: str, value: object) -> str:
+    if value is None or value is False:
+        return f"Leave {flag} out"
+    return f"Pass {flag}" if value is True else f"Pass {flag} {value}"
 
 
 def _is_leftover(path: Path) -> bool:
