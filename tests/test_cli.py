@@ -196,7 +196,7 @@ def test_resuming_with_other_options(capsys):
     main(["train", "digits", "--out", "run", *SHORT])
     capsys.readouterr()
     line = refused(capsys, "train", "digits", "--out", "run", "--resume", "--format", "tt", *SHORT)
-    assert "started with --format ttm, not tt. Pass --format ttm to resume it" in line
+    assert "started with --format ttm, not with --format tt. Pass --format ttm to resume it" in line
 
 
 @pytest.mark.parametrize(
