@@ -10,6 +10,7 @@ from torch import nn
 
 import rankfall as rf
 from laws import close, make, naive_dense
+from rankfall.nn._formed import Formed
 
 SEED = 3
 OPTIONS = {
@@ -88,6 +89,88 @@ def test_masks_and_the_weights_left_out():
     actual = layer(x, x, x, **arguments)
     close(actual[0], expected[0])
     assert actual[1] is expected[1] is None
+
+
+MASKS = {
+    "none": {},
+    "padding": {"key_padding_mask": torch.tensor([[False] * 5, [False] * 3 + [True] * 2])},
+    "causal": {"attn_mask": torch.ones(5, 5).triu(1).bool()},
+    "causal by a hint": {"attn_mask": torch.ones(5, 5).triu(1).bool(), "is_causal": True},
+    "of numbers": {"attn_mask": torch.linspace(-1, 1, 25, dtype=torch.float64).view(5, 5)},
+    "of each head": {"attn_mask": torch.linspace(-1, 1, 100, dtype=torch.float64).view(4, 5, 5)},
+}
+MASKS["both"] = MASKS["padding"] | MASKS["causal"]
+MASKS["both, with a hint"] = MASKS["padding"] | MASKS["causal by a hint"]
+MASKS["padding of numbers"] = {
+    "key_padding_mask": torch.zeros(2, 5, dtype=torch.float64).index_fill(1, torch.tensor(4), -2.0)
+}
+
+
+@pytest.fixture
+def no_weight_is_formed(monkeypatch):
+    monkeypatch.setattr(Formed, "_run", lambda *_, **__: pytest.fail("torch's own code ran"))
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("masks", MASKS)
+@pytest.mark.usefixtures("no_weight_is_formed")
+def test_a_sequence_that_attends_to_itself(kind, masks, bias, batch_first):
+    layer, dense = pair(kind(3), bias=bias, batch_first=batch_first)
+    shape = (2, 5, 8) if batch_first else (5, 2, 8)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    for mode in (True, False):
+        layer.train(mode)
+        others = {n: p for n, p in layer.named_parameters() if "factors" not in n and "log_stds" not in n}
+        arguments = {"need_weights": False, **MASKS[masks]}
+        expected, _ = torch.func.functional_call(dense.train(mode), drawn_weights(layer) | others, (x, x, x), arguments)
+        torch.manual_seed(SEED)
+        actual, no_weights = layer(x, x, x, **arguments)
+        assert no_weights is None
+        close(actual, expected)
+        trained = [x, *(p for n, p in layer.named_parameters() if mode or "log_stds" not in n)]
+        direction = torch.randn_like(expected)
+        for ours, theirs in zip(
+            torch.autograd.grad(actual, trained, direction),
+            torch.autograd.grad(expected, trained, direction),
+            strict=True,
+        ):
+            close(ours, theirs, 1e-9)
+
+
+@pytest.mark.usefixtures("no_weight_is_formed")
+def test_attention_drops_out_in_train_mode_alone():
+    layer = rf.nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True, format=rf.TT(3), posterior=rf.Point())
+    x = torch.randn(2, 5, 8)
+
+    def differs() -> bool:
+        one, other = (layer(x, x, x, need_weights=False)[0] for _ in range(2))
+        return not torch.equal(one, other)
+
+    assert differs()
+    layer.eval()
+    assert not differs()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"is_causal": True},
+        {"attn_mask": torch.zeros(4, 5, dtype=torch.float64)},
+        {"attn_mask": torch.zeros(3, 5, 5, dtype=torch.float64)},
+        {"key_padding_mask": torch.zeros(2, 4, dtype=torch.float64)},
+        {"key_padding_mask": torch.zeros(2, 5, dtype=torch.int64)},
+    ],
+)
+def test_what_torch_refuses_is_refused_in_its_words(arguments):
+    layer, dense = pair(rf.TT(3), batch_first=True)
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    texts = []
+    for one in (layer, dense):
+        with pytest.raises((RuntimeError, AssertionError)) as refused:
+            one(x, x, x, need_weights=False, **arguments)
+        texts.append(str(refused.value))
+    assert texts[0] == texts[1]
 
 
 def dense_twin(layer, tensorized):

@@ -44,7 +44,7 @@ def test_memory_that_was_had_is_not_mapped_anew():
     told, kept = faults("keep_pages()")
     if told != "True":
         pytest.skip("another C library than glibc")
-    # Ten tensors of 32 MB: mapped by pages of 4 kB each time, or never, or once more where something small took a place.
+    # Ten tensors of 32 MB: mapped by pages of 4 kB each time, or never, or once more where something small took room.
     assert kept < usual / 3, (kept, usual)
 
 

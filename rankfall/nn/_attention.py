@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankfall._formats import Format
@@ -15,6 +16,7 @@ from rankfall._tensor import LowRankTensor
 from rankfall.nn._formed import Formed, blocks_apart, others_of
 
 _STACKED = "in_proj_weight"
+_DIMS = 3  # Of a batch of sequences.
 
 
 class MultiheadAttention(Formed):
@@ -22,8 +24,10 @@ class MultiheadAttention(Formed):
 
     in_proj_weight (3 embed_dim x embed_dim), with query, key and value as a mode of its own, or q_proj_weight,
     k_proj_weight and v_proj_weight where key or value have another width, and out_proj.weight are low-rank tensors.
-    They are formed once per call, drawn from the posterior in train mode and at its mean in eval mode, in the order of
-    torch's parameters; torch's own code does the rest.
+    They are drawn from the posterior once per call in train mode and at its mean in eval mode, in the order of torch's
+    parameters. Where a sequence attends to itself and the attention weights are not asked for, as in torch's
+    transformer layers, it is multiplied by the factors in the cheapest way (`rf.nn.Linear`); otherwise the weights are
+    formed, and torch's own code does the rest.
 
     Example:
         >>> layer = rf.nn.MultiheadAttention(32, 4, batch_first=True, format=rf.TT(max_rank=8))
@@ -176,6 +180,11 @@ class MultiheadAttention(Formed):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """The attended values and, with `need_weights`, the attention weights, as torch's layer gives them."""
+        if self._is_plain(query, key, value) and not need_weights and self._fit(query, attn_mask, key_padding_mask):
+            if is_causal and key_padding_mask is None and attn_mask is not None:
+                return self._attend(query, None, is_causal=True), None  # The mask says no more than the hint then.
+            if not is_causal or attn_mask is not None:
+                return self._attend(query, self._joint_mask(query, attn_mask, key_padding_mask)), None
         return self._run(
             query,
             key,
@@ -186,6 +195,50 @@ class MultiheadAttention(Formed):
             average_attn_weights=average_attn_weights,
             is_causal=is_causal,
         )
+
+    def _is_plain(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        """Whether a batch of sequences attends to itself, by three projections of one weight and nothing besides."""
+        is_sequences = query is key is value and query.dim() == _DIMS and not query.is_nested
+        no_more_rows = self.bias_k is None and not self.like.add_zero_attn
+        return is_sequences and no_more_rows and self._qkv_same_embed_dim and query.shape[-1] == self.embed_dim
+
+    def _fit(self, x: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> bool:
+        """Whether masks are of a shape and type that torch takes; what it thinks of others it says itself."""
+        batch, length = self._sizes(x)
+        square = ((length, length), (batch * self.num_heads, length, length))
+        given = [(m, s) for m, s in ((attn_mask, square), (key_padding_mask, ((batch, length),))) if m is not None]
+        return all(m.shape in shapes and (m.dtype == torch.bool or m.is_floating_point()) for m, shapes in given)
+
+    def _sizes(self, x: Tensor) -> tuple[int, int]:
+        first, second, _ = x.shape
+        return (first, second) if self.batch_first else (second, first)
+
+    def _joint_mask(self, x: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> Tensor | None:
+        """What is added to the scores, for shape (batch, heads, length, length); minus infinity where a mask is set."""
+        batch, length = self._sizes(x)
+        masks = []
+        if attn_mask is not None:
+            masks.append(attn_mask if attn_mask.dim() < _DIMS else attn_mask.view(batch, -1, length, length))
+        if key_padding_mask is not None:
+            masks.append(key_padding_mask.view(batch, 1, 1, length))
+        added = [
+            torch.zeros_like(m, dtype=x.dtype).masked_fill_(m, -math.inf) if m.dtype == torch.bool else m.to(x.dtype)
+            for m in masks
+        ]
+        return sum(added[1:], added[0]) if added else None
+
+    def _attend(self, x: Tensor, mask: Tensor | None, *, is_causal: bool = False) -> Tensor:
+        to_heads, back = ((0, 2, 1, 3),) * 2 if self.batch_first else ((1, 2, 0, 3), (2, 0, 1, 3))
+        parts = self._project(_STACKED, "in_proj_bias", x).chunk(3, -1)
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)).permute(to_heads) for part in parts)
+        dropout = self.dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
+        return self._project("out_proj.weight", "out_proj.bias", attended.permute(back).flatten(2))
+
+    def _project(self, weight: str, bias: str, x: Tensor) -> Tensor:
+        tensor = self.get_submodule(weight)
+        assert isinstance(tensor, LowRankTensor)
+        return tensor.linear(x, self.get_parameter(bias) if bias in self._others else None)
 
     def merge_masks(self, *masks: Any) -> Any:  # noqa: ANN401  torch's helper of its transformer layers
         """What torch's method of that name gives."""

@@ -67,7 +67,7 @@ class CompareOptions:
     model: OptionalName = None
     """Which of the recipe's networks; mnist has mlp and lenet5, cifar10 vgg and resnet20. The first if left out."""
     format: OptionalFormat = None
-    """How the weights are held; the recipe's own way (imdb tt, others ttm) if left out."""
+    """How the weights are held; the recipe's own way (imdb and transformer tt, others ttm) if left out."""
     methods: tuple[MethodName, ...] = ()
     """Which of them; all that the recipe has if left out. A method of a given size needs --budget, or evidence
     beside it."""

@@ -36,8 +36,8 @@ OptionalFormat: TypeAlias = Annotated[FormatName | None, _left_out(f"{{{','.join
 _FORMATS: dict[str, type[Format]] = {"cp": CP, "tucker": Tucker, "tt": TT, "ttm": TTM, "tr": TR}
 
 
-# Each step of an LSTM multiplies by two thin matrices in place of a weight that has to be formed.
-_USUAL_FORMATS: dict[RecipeName, FormatName] = {"imdb": "tt"}
+# Two thin matrices in place of a weight that has to be formed: for each step of an LSTM, for each word of a text.
+_USUAL_FORMATS: dict[RecipeName, FormatName] = {"imdb": "tt", "transformer": "tt"}
 _WIDE_MODES = 2
 
 
@@ -73,7 +73,7 @@ class TrainOptions:
     model: OptionalName = None
     """Which of the recipe's networks; mnist has mlp and lenet5, cifar10 vgg and resnet20. The first if left out."""
     format: OptionalFormat = None
-    """How the weights are held; the recipe's own way (imdb tt, others ttm) if left out."""
+    """How the weights are held; the recipe's own way (imdb and transformer tt, others ttm) if left out."""
     max_rank: OptionalNumber = None
     """Rank of every bond at the start, which training lowers; the network's own (digits 8, mnist 20) if left out."""
     method: MethodName = "evidence"
