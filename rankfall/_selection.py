@@ -39,7 +39,8 @@ class Evidence:
     of the bound as well, price of the weights included, or the price could at most be halved by the end. After a change
     it gets two epochs at least; after a test that cut nothing the wait doubles. The last test comes at four fifths of
     the run; after that what is left can settle. If none came before it, it comes also where the rest
-    of the run may still lower the NLL, or the bound, by up to half of what was learned.
+    of the run may still lower the NLL, or the bound, by up to half of what was learned. It removes all that does not
+    pay, since no later one would.
 
     The test knows what a cut costs at once, not what training wins back. So when it cuts nothing, the cut that came
     nearest to paying is tried, if it costs less than twice what it saves. Four epochs later the same criterion is put
@@ -57,7 +58,7 @@ class Evidence:
             for sampling error, and the smaller the model. None takes 8,192, or one in 256 of a training set of more
             than two million: the margin grows with the size of the set, and what a slice saves hardly does.
         z: As for `rf.select_ranks_`.
-        max_cut: As for `rf.select_ranks_`.
+        max_cut: As for `rf.select_ranks_`, in all tests but the last of a run.
         regrow: Whether slices are given back; without it no cut is tried either.
 
     Raises:
@@ -248,7 +249,7 @@ def select_(
 def _ask_(
     policy: Evidence, model: nn.Module, optimizer: Optimizer, history: Sequence[Record], training: Training
 ) -> Record:
-    before = ranks(model)
+    before, left = ranks(model), _last_test(training.epochs) - len(history) + 1
     cuts, misses = search_ranks_(
         model,
         optimizer,
@@ -256,12 +257,12 @@ def _ask_(
         num_data=training.num_data,
         beta=training.beta,
         z=policy.z,
-        max_cut=policy.max_cut,
+        max_cut=policy.max_cut if left else 1.0,
         agree=training.agree,
     )
     if cuts:
         return {"selection": "cut", "cuts": [asdict(cut) for cut in cuts]}
-    if policy.regrow and _last_test(training.epochs) - len(history) + 1 >= _TRIAL:
+    if policy.regrow and left >= _TRIAL:
         cut = trial(history, misses)
         if cut:
             apply_(model, optimizer, cut)
