@@ -40,18 +40,18 @@ def product_kernel(
     matrices_s,
     UNROLLED: tl.constexpr,
     SUM: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
 ):
     """out[n] = left[n] @ matrices[which[n]], one tile of one n; `out` is contiguous, the others have strides."""
     n = tl.program_id(0).to(tl.int64)
-    rows = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
-    columns = tl.program_id(2) * BLOCK_S + tl.arange(0, BLOCK_S)
+    rows = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    columns = tl.program_id(2) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     is_row, is_column = rows < p, columns < s
     own = tl.load(which + n).to(tl.int64)
     x_at = left + n * left_n + rows * left_p
     y_at = matrices + own * matrices_m + columns * matrices_s
-    total = tl.zeros((BLOCK_P, BLOCK_S), SUM)
+    total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), SUM)
     for k0 in range(0, q, UNROLLED):
         for k in tl.static_range(UNROLLED):  # pyright: ignore[reportGeneralTypeIssues]
             inside = k0 + k < q
@@ -79,20 +79,20 @@ def gradient_kernel(
     grad_s,
     UNROLLED: tl.constexpr,
     SUM: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
 ):
     """out[which[n]] += left[n].T @ grad[n], one tile of one n.
 
     To sort the rows by their matrix first, and add up neighbours, takes longer than the programs wait for each other.
     """
     n = tl.program_id(0).to(tl.int64)
-    rows = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    columns = tl.program_id(2) * BLOCK_S + tl.arange(0, BLOCK_S)
+    rows = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    columns = tl.program_id(2) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     is_row, is_column = rows < q, columns < s
     x_at = left + n * left_n + rows * left_q
     y_at = grad + n * grad_n + columns * grad_s
-    total = tl.zeros((BLOCK_Q, BLOCK_S), SUM)
+    total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), SUM)
     for k0 in range(0, p, UNROLLED):
         for k in tl.static_range(UNROLLED):  # pyright: ignore[reportGeneralTypeIssues]
             inside = k0 + k < p
@@ -157,55 +157,37 @@ class _OwnProducts(torch.autograd.Function):
 
 
 def _products(left: Tensor, matrices: Tensor, which: Tensor) -> Tensor:
-    (n, p, q), s = left.shape, matrices.shape[2]
-    out = left.new_empty(n, p, s)
-    if not out.numel():
-        return out
-    block_p, block_s = _tile(p, s)
-    grid = n, triton.cdiv(p, block_p), triton.cdiv(s, block_s)
-    product_kernel[grid](
-        left,
-        matrices,
-        which,
-        out,
-        p,
-        q,
-        s,
-        *left.stride(),
-        *matrices.stride(),
-        UNROLLED=_UNROLLED,
-        SUM=_sum_of(left),
-        BLOCK_P=block_p,
-        BLOCK_S=block_s,
-        num_warps=_warps(block_p * block_s),  # pyright: ignore[reportCallIssue]  Triton's own
-    )
-    return out
+    (n, p, _), s = left.shape, matrices.shape[2]
+    return _run(product_kernel, left, matrices, which, left.new_empty(n, p, s))
 
 
 def _gradients(left: Tensor, grad: Tensor, which: Tensor, groups: int) -> Tensor:
     """The sum of left[k].T @ grad[k] over the k that chose each matrix, shape (groups, q, s)."""
-    (n, p, q), s = left.shape, grad.shape[2]
     dtype = torch.float64 if left.dtype == torch.float64 else torch.float32
-    out = left.new_zeros(groups, q, s, dtype=dtype)
+    return _run(gradient_kernel, left, grad, which, left.new_zeros(groups, left.shape[2], grad.shape[2], dtype=dtype))
+
+
+def _run(kernel: Any, left: Tensor, right: Tensor, which: Tensor, out: Tensor) -> Tensor:  # noqa: ANN401  a type of Triton's
+    """`out`, filled in by a program for each row and tile of a matrix."""
+    n, p, q = left.shape
     if not n * out.numel():
         return out
-    block_q, block_s = _tile(q, s)
-    grid = n, triton.cdiv(q, block_q), triton.cdiv(s, block_s)
-    gradient_kernel[grid](
+    rows, columns = _tile(*out.shape[1:])
+    kernel[n, triton.cdiv(out.shape[1], rows), triton.cdiv(out.shape[2], columns)](
         left,
-        grad,
+        right,
         which,
         out,
         p,
         q,
-        s,
+        right.shape[2],
         *left.stride(),
-        *grad.stride(),
+        *right.stride(),
         UNROLLED=_UNROLLED,
-        SUM=_sum_of(left),
-        BLOCK_Q=block_q,
-        BLOCK_S=block_s,
-        num_warps=_warps(block_q * block_s),  # pyright: ignore[reportCallIssue]
+        SUM=tl.float64 if left.dtype == torch.float64 else tl.float32,
+        BLOCK_ROWS=rows,
+        BLOCK_COLUMNS=columns,
+        num_warps=1 if rows * columns <= _ONE_WARP else 4,
     )
     return out
 
@@ -214,11 +196,3 @@ def _tile(rows: int, columns: int) -> tuple[int, int]:
     """Sides of the part of a matrix that one program works out, powers of two."""
     high = min(rounded(rows), _LONGEST)
     return high, min(rounded(columns), _TILE // high)
-
-
-def _warps(entries: int) -> int:
-    return 1 if entries <= _ONE_WARP else 4
-
-
-def _sum_of(values: Tensor) -> Any:  # noqa: ANN401  a type of Triton's
-    return tl.float64 if values.dtype == torch.float64 else tl.float32

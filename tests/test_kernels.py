@@ -43,7 +43,7 @@ def test_kernels_compile_without_a_gpu(kernel, numbers, architecture, tmp_path, 
     pointers |= {"which": "i64"}
     if kernel == "gradient_kernel":
         pointers["out"] = sums
-    constants = {"UNROLLED": 4, "BLOCK_P": 4, "BLOCK_Q": 16, "BLOCK_S": 32}
+    constants = {"UNROLLED": 4, "BLOCK_ROWS": 16, "BLOCK_COLUMNS": 32}
     constants["SUM"] = getattr(_kernels.tl, f"float{sums[2:]}")
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     signature = {name: f"*{pointers[name]}" if name in pointers else "i32" for name in function.arg_names}
