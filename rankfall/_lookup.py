@@ -9,6 +9,7 @@ from functools import cache
 from importlib.util import find_spec
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -252,6 +253,7 @@ def _has_kernels(device: torch.device) -> bool:
 
 
 _TOGETHER, _MOST_TOGETHER = 4, 16
+_FAST_FROM = 400  # Multiplications of one product, as torch has it in LinearAlgebra.cpp.
 _LARGE_SLICE = 512  # Entries of a matrix beyond which it pays to read it once for several rows.
 
 
@@ -271,6 +273,9 @@ def _times_own(
     count, p, q = left.shape
     each, size = count // len(matrices), q * matrices.shape[2]
     if each < 2 or size < _LARGE_SLICE or not may_look_at(which):
+        missing = _missing(p, q, matrices.shape[2]) if may_look_at(which) else 0
+        if missing:
+            left, matrices = F.pad(left, (0, missing)), F.pad(matrices, (0, 0, 0, missing))
         return torch.bmm(left, matrices.index_select(0, which))
     together = min(max(rounded(each), _TOGETHER), _MOST_TOGETHER)
     place, owner = _seats(which, len(matrices), together)
@@ -278,6 +283,16 @@ def _times_own(
     products = torch.bmm(seats.view(len(owner), together * p, q), matrices.index_select(0, owner))
     s = matrices.shape[2]
     return products.view(len(owner) * together, p * s).index_select(0, place).view(count, p, s)
+
+
+def _missing(p: int, q: int, s: int) -> int:
+    """How many zeros fill up the inner side of small products so that torch.bmm takes its fast way with them, if few.
+
+    On a CPU it multiplies matrices with fewer than 400 multiplications by a plain loop: 16 x 3 by 3 x 8 takes 0.39
+    microseconds, and 16 x 4 by 4 x 8 takes 0.09.
+    """
+    wanted = -(-_FAST_FROM // max(p * s, 1))
+    return wanted - q if q < wanted <= 2 * q else 0
 
 
 def _seats(which: Int[Tensor, " n"], groups: int, together: int) -> tuple[Int[Tensor, " n"], Int[Tensor, " tables"]]:

@@ -109,6 +109,25 @@ def test_all_ways_give_the_same_rows_and_bags(kind, shape, looks, monkeypatch):
             gradients_match(layer(ids), expected, list(t.factors))
 
 
+@pytest.mark.parametrize(
+    ("p", "q", "s", "filled"),
+    [(16, 3, 8, 4), (16, 2, 8, 4), (4, 4, 16, 7), (4, 3, 12, 3), (16, 4, 8, 4), (16, 0, 8, 0)],
+)
+def test_small_products_are_filled_up_to_where_torch_is_fast(p, q, s, filled, monkeypatch):
+    inner, bmm = [], torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda a, b: inner.append(b.shape[1]) or bmm(a, b))
+    left = torch.randn(9, p, q, dtype=torch.float64, requires_grad=True)
+    matrices, which = torch.randn(5, q, s, dtype=torch.float64, requires_grad=True), torch.arange(9) % 4
+    found, wanted = _lookup._times_own(left, matrices, which), left @ matrices[which]
+    assert inner == [filled]
+    torch.testing.assert_close(found, wanted)
+    direction = torch.randn_like(wanted)
+    for ours, theirs in zip(
+        *(torch.autograd.grad(y, [left, matrices], direction) for y in (found, wanted)), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     rows=st.integers(2, 400),
