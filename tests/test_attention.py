@@ -152,6 +152,20 @@ def test_attention_drops_out_in_train_mode_alone():
     assert not differs()
 
 
+@pytest.mark.parametrize("masks", ["none", "padding", "causal by a hint", "both"])
+def test_attention_under_autocast(masks):
+    layer = rf.nn.MultiheadAttention(8, 2, batch_first=True, format=rf.TT(3))
+    x = torch.randn(2, 5, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low, _ = layer.eval()(x, x, x, need_weights=False, **MASKS[masks])
+        layer.train()(x, x, x, need_weights=False, **MASKS[masks])[0].float().square().mean().backward()
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(
+        low.float(), layer.eval()(x, x, x, need_weights=False, **MASKS[masks])[0], rtol=0.1, atol=0.1
+    )
+    assert all(bool(torch.isfinite(p.grad).all()) for p in layer.parameters())
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

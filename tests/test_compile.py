@@ -72,4 +72,7 @@ def test_attention_is_one_graph():
     x = torch.linspace(-1, 1, 72).view(6, 12)
     torch.compiler.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x, x, x)[0], layer(x, x, x)[0])
+    for weights in (True, False):
+        arguments = (x.view(2, 3, 12),) * 3
+        found, wanted = (one(*arguments, need_weights=weights)[0] for one in (compiled, layer))
+        torch.testing.assert_close(found, wanted)

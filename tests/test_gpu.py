@@ -21,6 +21,20 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 IDS = torch.randint(600, (4, 9), generator=torch.Generator().manual_seed(0))
 TOKENS = torch.linspace(-1, 1, 4 * 6 * 12).view(4, 6, 12)
+
+
+class SelfAttention(nn.Module):
+    """As torch's transformer layers call it."""
+
+    def __init__(self, format: rf.TT) -> None:
+        super().__init__()
+        self.attention = rf.nn.MultiheadAttention(12, 3, batch_first=True, format=format, posterior=rf.Point())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        padding = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2]) == x.shape[1] - 1
+        return self.attention(x, x, x, padding, need_weights=False)[0]
+
+
 LAYERS = {
     "linear": (lambda f: rf.nn.Linear(12, 20, format=f, posterior=rf.Point()), (TOKENS,)),
     "embedding": (lambda f: rf.nn.Embedding(600, 12, padding_idx=3, format=f, posterior=rf.Point()), (IDS,)),
@@ -41,6 +55,7 @@ LAYERS = {
     ),
     "GRU": (lambda f: rf.nn.GRU(12, 8, num_layers=2, format=f, posterior=rf.Point()), (TOKENS,)),
     "attention": (lambda f: rf.nn.MultiheadAttention(12, 3, format=f, posterior=rf.Point()), (TOKENS, TOKENS, TOKENS)),
+    "self-attention": (SelfAttention, (TOKENS,)),
 }
 
 
