@@ -213,9 +213,15 @@ def _best_rank(at: Callable[[int], _Candidate], rank: int, criterion: Criterion,
         return criterion.weigh(one.losses, than.losses, one.saved - than.saved, between=_between(one, than)).is_less
 
     low, high = least, single
-    # Most bonds lose nothing, so a single slice is tried first; bisection follows only if that pays.
+    # Most bonds lose nothing, so a single slice is tried first; the others follow only if that pays.
     if not criterion.weigh(at(single).losses, base, at(single).saved, between=at(single).between).is_less:
         low = single
+    elif least < single:
+        # Slices at rest at the prior tell nothing: where all that may go cost less than one of them saves, they go.
+        most = at(least)
+        verdict = criterion.weigh(most.losses, base, most.saved, criterion.z, most.between)
+        if verdict.bound < most.saved - at(least + 1).saved:
+            return _Weighed(least, verdict.expected, verdict.bound, most.saved, verdict.is_less)
     while low < high:
         middle = (low + high) // 2
         if gains_more(at(middle), at(middle + 1)):

@@ -75,10 +75,11 @@ def select_ranks_(
     and does not contradict the plain mean by more than four of them.
 
     A bond goes to the rank at which saved(S) - num_data * mean(d) is largest, if that passes; it is found by bisection
-    in at most about 2 log2 of the rank evaluations of `nll`. For CP and the ring, whose slices overlap, the candidate
-    is the best tensor of the smaller rank (least squares on Gram matrices; the weight is never formed). All cuts of a
-    tensor together have to pay for what turning its slices costs the KL; where they cannot, they are tried on the
-    slices as they lie. A tensor that loses nothing stays as it was, bit for bit.
+    in at most about 2 log2 of the rank evaluations of `nll`, or in two where all that may go tells nothing. For CP and
+    the ring, whose slices overlap, the candidate is the best tensor of the smaller rank (least squares on Gram
+    matrices; the weight is never formed). All cuts of a tensor together have to pay for what turning its slices costs
+    the KL; where they cannot, they are tried on the slices as they lie. A tensor that loses nothing stays as it was,
+    bit for bit.
 
     Of the tables of rf.nn.Embedding and EmbeddingBag that keep their slices the last rows are tried, by the same
     criterion, in steps of the leading digit: of ids that are numbered by frequency the rarest go, about which the data

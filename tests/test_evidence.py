@@ -254,6 +254,20 @@ def test_few_evaluations_are_enough():
         assert teacher.calls <= 4 + 2 * math.log2(rank)
 
 
+@pytest.mark.parametrize(("max_cut", "left"), [(0.5, 16), (1.0, 0)])
+def test_slices_that_tell_nothing_go_by_three_evaluations(max_cut, left):
+    layer = rf.nn.Linear(64, 64, bias=False, format=rf.TT(32, in_modes=(64,), out_modes=(64,)))
+    calls = []
+
+    def nll():
+        calls.append(layer.weight.ranks["r1"])
+        return torch.ones(500)
+
+    rf.select_ranks_(layer, nll=nll, num_data=500, max_cut=max_cut)
+    assert layer.weight.ranks == {"r1": left}
+    assert calls == [32, 31, left], "as it is, without one slice, and without all that may go"
+
+
 def search_by_batches(teacher, size):
     seen = []
 
