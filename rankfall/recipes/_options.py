@@ -32,10 +32,29 @@ def _left_out(metavar: str) -> Any:  # noqa: ANN401  tyro keeps the type to itse
 OptionalFolder: TypeAlias = Annotated[Path | None, _left_out("DIR")]
 OptionalNumber: TypeAlias = Annotated[int | None, _left_out("INT")]
 OptionalName: TypeAlias = Annotated[str | None, _left_out("NAME")]
-OptionalFormat: TypeAlias = Annotated[FormatName | None, _left_out(f"{{{','.join(get_args(FormatName))}}}")]
+_FORMAT_NAMES: tuple[FormatName, ...] = get_args(FormatName)
+OptionalFormat: TypeAlias = Annotated[
+    FormatName | None,
+    # Of itself tyro would take, and name, None as one of the choices.
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=f"{{{','.join(_FORMAT_NAMES)}}}",
+        instance_from_str=lambda given: given[0],
+        is_instance=lambda value: value is None or value in _FORMAT_NAMES,
+        str_from_instance=lambda value: [str(value)],
+        choices=_FORMAT_NAMES,
+    ),
+    tyro.conf.arg(help_behavior_hint=""),
+]
 _FORMATS: dict[str, type[Format]] = {"cp": CP, "tucker": Tucker, "tt": TT, "ttm": TTM, "tr": TR}
 
 
+_METHODS = (  # One line, which tyro breaks as it should.
+    "evidence removes the slices that do not pay for themselves, shrinkage those of small prior scale; fixed keeps all "
+    "ranks and has no prior, compress trains the usual net for half of the epochs, decomposes its weights at the given "
+    "rank and trains on, dense is the usual net. Of criteo: hashing, quotient-remainder and drop-table are fixed with "
+    "fewer rows in its large tables, with two small tables in place of each, or with zeros, within --budget."
+)
 # Two thin matrices in place of a weight that has to be formed: for each step of an LSTM, for each word of a text.
 _USUAL_FORMATS: dict[RecipeName, FormatName] = {"imdb": "tt", "transformer": "tt"}
 _WIDE_MODES = 2
@@ -76,11 +95,7 @@ class TrainOptions:
     """How the weights are held; the recipe's own way (imdb and transformer tt, others ttm) if left out."""
     max_rank: OptionalNumber = None
     """Rank of every bond at the start, which training lowers; the network's own (digits 8, mnist 20) if left out."""
-    method: MethodName = "evidence"
-    """evidence removes the slices that do not pay for themselves, shrinkage those of small prior scale; fixed keeps all
-    ranks and has no prior, compress trains the usual net for half of the epochs, decomposes its weights at the given
-    rank and trains on, dense is the usual net. Of criteo: hashing, quotient-remainder and drop-table are fixed with
-    fewer rows in its large tables, with two small tables in place of each, or with zeros, within --budget."""
+    method: Annotated[MethodName, tyro.conf.arg(help=_METHODS)] = "evidence"
     budget: OptionalNumber = None
     """Of hashing, quotient-remainder and drop-table: parameters of the whole model; those of fixed if left out."""
     prior: PriorName = "half-cauchy"
