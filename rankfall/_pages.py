@@ -16,7 +16,8 @@ def keep_pages() -> bool:
 
     Every large tensor is otherwise mapped anew, page by page, and given back after the step: half of the time of an
     LSTM's step on a CPU. The process then stays as large as it has been at its peak. For programs, before they make
-    their first tensors; a library must not decide this for its users.
+    their first tensors, after which torch does not look whether large pages are asked for; a library must not decide
+    this for its users.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -48,6 +48,26 @@ def test_memory_that_was_had_is_not_mapped_anew():
     assert kept < usual / 3, (kept, usual)
 
 
+TENSOR = """
+import rankfall.cli
+import torch
+from rankfall._pages import keep_pages
+{keep}
+print(torch.empty(2**23).data_ptr() % 4096)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's settings")
+def test_the_command_line_asks_for_large_pages_before_its_first_tensor():
+    """Torch aligns to pages what it asks large ones for, and looks once whether it shall."""
+
+    def past_a_page(keep: str) -> int:
+        return int(subprocess.check_output([sys.executable, "-c", TENSOR.format(keep=keep)], text=True, timeout=120))
+
+    assert past_a_page("") != 0
+    assert past_a_page("keep_pages()") == 0
+
+
 def test_elsewhere_nothing_is_told(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     assert _pages.keep_pages() is False

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """How good a classifier is, and how far its probabilities can be trusted."""
 
+import importlib
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torchmetrics.functional.classification import binary_auroc, multiclass_accuracy, multiclass_calibration_error
 
 from rankfall.recipes._data import Data
 
@@ -42,9 +44,10 @@ def figures(log_probabilities: Float[Tensor, "n classes"], labels: Int[Tensor, "
         >>> {name: round(value, 3) for name, value in figures(sure, torch.tensor([0, 1])).items()}
         {'test_accuracy': 0.5, 'test_nll': 0.837, 'test_ece': 0.25, 'test_brier': 0.625}
     """
+    metrics = _classification()
     probabilities, classes = log_probabilities.exp(), log_probabilities.shape[1]
-    accuracy = multiclass_accuracy(log_probabilities, labels, num_classes=classes, average="micro")
-    ece = multiclass_calibration_error(probabilities, labels, num_classes=classes, n_bins=_BINS)
+    accuracy = metrics.multiclass_accuracy(log_probabilities, labels, num_classes=classes, average="micro")
+    ece = metrics.multiclass_calibration_error(probabilities, labels, num_classes=classes, n_bins=_BINS)
     brier = (probabilities - F.one_hot(labels, classes)).square().sum(1).mean()
     nll = F.nll_loss(log_probabilities, labels)
     return dict(zip(FIGURES, map(float, (accuracy, nll, ece, brier)), strict=True))
@@ -68,7 +71,7 @@ def click_figures(log_odds: Float[Tensor, " n"], clicked: Int[Tensor, " n"]) -> 
     rate = clicked.float().mean()
     usual = F.binary_cross_entropy(rate.expand(len(clicked)), clicked.float())
     nll = F.binary_cross_entropy_with_logits(log_odds, clicked.float())
-    area = binary_auroc(log_odds.sigmoid().double(), clicked)
+    area = _classification().binary_auroc(log_odds.sigmoid().double(), clicked)
     return {"auc": float(area), "normalised_entropy": float(nll / usual)}
 
 
@@ -84,4 +87,9 @@ def auroc(known: Float[Tensor, " n"], strange: Float[Tensor, " m"]) -> float:
         strange: Scores of other rows.
     """
     truth = torch.cat([torch.zeros(len(known), dtype=torch.int64), torch.ones(len(strange), dtype=torch.int64)])
-    return float(binary_auroc(torch.cat([known, strange]).cpu(), truth))
+    return float(_classification().binary_auroc(torch.cat([known, strange]).cpu(), truth))
+
+
+def _classification() -> Any:  # noqa: ANN401  a module
+    """Of torchmetrics; loaded late, since it makes tensors, from when on torch does not look which pages to ask for."""
+    return importlib.import_module("torchmetrics.functional.classification")
