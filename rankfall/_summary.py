@@ -76,7 +76,7 @@ class Summary:
                 "",
                 f"{self.parameters:,}",
                 f"{self.dense_parameters:,}",
-                f"{self.compression:.1f}x",
+                f"{self.compression:.1f}x" if self.parameters else _NOTHING,
             )
         )
         widths = [max(len(row[k]) for row in rows) for k in range(len(header))]
@@ -139,6 +139,9 @@ def summary(model: nn.Module) -> Summary:
     return Summary(parameters, trained, parameters + saved, layers)
 
 
+_NOTHING = "all zeros"
+
+
 def _row(layer: LayerSummary) -> tuple[str, ...]:
     return (
         layer.path or "(root)",
@@ -148,7 +151,8 @@ def _row(layer: LayerSummary) -> tuple[str, ...]:
         " ".join(map(str, layer.ranks.values())),
         f"{layer.parameters:,}",
         f"{layer.dense_parameters:,}",
-        f"{layer.compression:.1f}x",
+        # A bond of rank 0 makes all of the weight zeros, whatever factors are left beside it.
+        f"{layer.compression:.1f}x" if all(layer.ranks.values()) else _NOTHING,
     )
 
 

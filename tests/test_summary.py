@@ -47,7 +47,9 @@ def test_rank_zero_is_counted():
     counts = rf.summary(layer)
     assert counts.parameters == 0
     assert counts.compression == float("inf")
-    assert "(root)" in str(counts)
+    root, _, _, whole = [line for line in str(counts).splitlines()[2:] if line]
+    assert root.startswith("(root)")
+    assert all(line.split()[-4:] == ["0", "240", "all", "zeros"] for line in (root, whole))
 
 
 def test_padding_is_reported():
