@@ -273,6 +273,7 @@ def _times_own(
     count, p, q = left.shape
     each, size = count // len(matrices), q * matrices.shape[2]
     if each < 2 or size < _LARGE_SLICE or not may_look_at(which):
+        # A GPU has no such loop, and in a graph sizes may be symbols.
         missing = _missing(p, q, matrices.shape[2]) if may_look_at(which) else 0
         if missing:
             left, matrices = F.pad(left, (0, missing)), F.pad(matrices, (0, 0, 0, missing))
