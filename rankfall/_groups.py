@@ -2,6 +2,7 @@
 """Parameter groups with a step size that fits factors."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -19,7 +20,9 @@ _GENTLE_CHANGE_PER_LR = 20.0
 _SENSITIVE = (LSTM, GRU, Embedding, EmbeddingBag)
 
 
-def parameter_groups(model: nn.Module, lr: float, factor_lr: float | None = None) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, lr: float, factor_lr: float | None = None, *, changes: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
     """Parameter groups for any torch optimizer: factors, their log standard deviations, everything else.
 
     Entries of a factor are larger than entries of the weight that they make, by decades for many modes, and a weight
@@ -29,7 +32,7 @@ def parameter_groups(model: nn.Module, lr: float, factor_lr: float | None = None
         |dW| / |W|  =  factor_lr * sqrt( sum over the n factors of 1 / rms_k^2 ),   rms_k^2 = mean square of factor k
 
     The default makes that 120 * lr for every tensor, whatever its format, order and rank: 0.12 for lr = 1e-3. In
-    recurrent layers and embeddings, which bear less, it is 20 * lr. Call it once the model has the weights that
+    recurrent layers and embeddings, of which many bear less, it is 20 * lr. Call it once the model has the weights that
     training starts from.
 
     Example:
@@ -44,22 +47,24 @@ def parameter_groups(model: nn.Module, lr: float, factor_lr: float | None = None
         model: Any module.
         lr: The step size of everything that is not a factor: biases, normalisation, dense layers.
         factor_lr: One step size for all factors; None for the default, found for each tensor.
+        changes: What takes the place of 120 and 20, by the path of a module that it is for, with all within it; the
+            last one that fits counts. Tables of a recommender, for example, learn better at 120.
 
     Returns:
         Groups with the keys params, lr and name. Tensors that want the same step size, to two digits, share a group.
 
     Raises:
-        ValueError: If a step size is not positive.
+        ValueError: If a step size or a change is not positive, or a path is none of the model's.
     """
     for name, value in (("lr", lr), ("factor_lr", factor_lr)):
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} must be positive, got {value}. Pass for example {name}=1e-3.")
+    known_changes = _changes(model, changes or {})
     factors: dict[float, list[nn.Parameter]] = {}
     log_stds: list[nn.Parameter] = []
-    gentle = {id(t) for layer in model.modules() if isinstance(layer, _SENSITIVE) for _, t in low_rank_tensors(layer)}
     for _, tensor in low_rank_tensors(model):
-        change = lr * (_GENTLE_CHANGE_PER_LR if id(tensor) in gentle else _CHANGE_PER_LR)
-        step = _fitting_step(tensor, change) if factor_lr is None else factor_lr
+        change = known_changes.get(id(tensor), _CHANGE_PER_LR)
+        step = _fitting_step(tensor, lr * change) if factor_lr is None else factor_lr
         factors.setdefault(step, []).extend(tensor.factors)
         log_stds.extend(tensor.log_stds)
     known = {p for params in factors.values() for p in params} | set(log_stds)
@@ -70,6 +75,20 @@ def parameter_groups(model: nn.Module, lr: float, factor_lr: float | None = None
 
 
 _LOG_STD_FACTOR = 10.0
+
+
+def _changes(model: nn.Module, changes: Mapping[str, float]) -> dict[int, float]:
+    """The relative change per unit of `lr` of tensors, by their ids, where it is not the usual one."""
+    gentle = [layer for layer in model.modules() if isinstance(layer, _SENSITIVE)]
+    found = {id(tensor): _GENTLE_CHANGE_PER_LR for layer in gentle for _, tensor in low_rank_tensors(layer)}
+    paths = dict(model.named_modules())
+    for path, change in changes.items():
+        if path not in paths:
+            raise ValueError(f"changes: {type(model).__name__} has no module {path!r}. Pass a path of named_modules().")
+        if not 0 < change < math.inf:
+            raise ValueError(f"changes: that of {path!r} must be positive, got {change}. 120 is the usual one.")
+        found |= {id(tensor): change for _, tensor in low_rank_tensors(paths[path])}
+    return found
 
 
 def _fitting_step(tensor: LowRankTensor, change: float) -> float:

@@ -39,8 +39,8 @@ class Evidence:
     of the bound as well, price of the weights included, or the price could at most be halved by the end. After a change
     it gets two epochs at least; after a test that cut nothing the wait doubles. The last test comes at four fifths of
     the run; after that what is left can settle. If none came before it, it comes also where the rest
-    of the run may still lower the NLL, or the bound, by up to half of what was learned. It removes all that does not
-    pay, since no later one would.
+    of the run may still lower the NLL, or the bound, by up to half of what was learned, and two epochs with the whole
+    KL are enough. It removes all that does not pay, since no later one would.
 
     The test knows what a cut costs at once, not what training wins back. So when it cuts nothing, the cut that came
     nearest to paying is tried, if it costs less than twice what it saves. Four epochs later the same criterion is put
@@ -129,8 +129,11 @@ def next_step(history: Sequence[Record], epochs: int, first: int, can_grow: bool
         return "ask" if kind == "grow" else "judge"
     wait = _TRIAL if kind == "try" else _patience(history, events)
     # On data seen once the likelihood may rise to the end: what never came to rest is asked when it is nearly there.
-    promise = _LAST_PROMISE if now == stop and not events else _PROMISE
-    if (now < stop and now - last_event < wait) or not _settled(history, max(last_event, first), epochs, promise):
+    only = now == stop and not events
+    recent = history[max(last_event, first) :][-_COOLDOWN - 1 :]
+    # In a short run a long warm-up may leave no more than two epochs with the whole KL until then.
+    too_early = len(recent) < (2 if only else _COOLDOWN + 1) or (now < stop and now - last_event < wait)
+    if too_early or not _settled(history, recent, epochs, _LAST_PROMISE if only else _PROMISE):
         return "wait"
     if kind == "try":
         return "judge"
@@ -153,20 +156,17 @@ def _patience(history: Sequence[Record], events: Sequence[int]) -> int:
     return _COOLDOWN * 2 ** max(fruitless - 1, 0)
 
 
-def _settled(history: Sequence[Record], start: int, epochs: int, promise: float) -> bool:
-    """Whether the data's side of the bound, and the bound as a whole, have come to rest since an epoch.
+def _settled(history: Sequence[Record], recent: Sequence[Record], epochs: int, promise: float) -> bool:
+    """Whether the data's side of the bound, and the bound as a whole, have come to rest in the recent epochs.
 
     At rest is what promises, for the rest of the run, no more than a part of what was learned.
 
     The data settle first. While the price of the weights still falls, removing anything seems to pay: what the test
     saves is a price that training is about to lower by itself.
     """
-    recent = history[start:][-_COOLDOWN - 1 :]
-    if len(recent) <= _COOLDOWN:
-        return False
     left = epochs - len(history)
     error, learned = history[-1]["nll_error"], history[0]["nll"] - min(record["nll"] for record in history)
-    nll, price = ((recent[0][name] - recent[-1][name]) / _COOLDOWN for name in ("nll", "price"))
+    nll, price = ((recent[0][name] - recent[-1][name]) / (len(recent) - 1) for name in ("nll", "price"))
     of_data, of_bound = (pace < error or pace * left < promise * learned for pace in (nll, nll + price))
     return of_data and (of_bound or price * left < _OVERCHARGE * recent[-1]["price"])
 

@@ -88,6 +88,28 @@ def test_one_step_size_for_all_factors_on_request():
     assert group["lr"] == 0.03
 
 
+def test_modules_by_their_paths_change_by_what_they_are_given():
+    def relative(model, tensor, **options):
+        (step,) = {g["lr"] for g in rf.parameter_groups(model, 1e-3, **options) for p in g["params"] if p is tensor}
+        weight = next(t for _, t in low_rank_tensors(model) if any(f is tensor for f in t.factors))
+        return step * math.sqrt(sum(1 / float(f.detach().square().mean()) for f in weight.factors))
+
+    tables = nn.ModuleList([rf.nn.Embedding(50, 12, format=rf.TTM(3)) for _ in range(2)])
+    model = nn.ModuleDict({"tables": tables, "top": rf.nn.Linear(12, 20, format=rf.TT(3))})
+    first, second, top = (m.weight.factors[0] for m in (*tables, model["top"]))
+    changes = {"tables": 120.0, "tables.1": 60.0}
+    for tensor, usual, changed in ((first, 0.02, 0.12), (second, 0.02, 0.06), (top, 0.12, 0.12)):
+        assert relative(model, tensor) == pytest.approx(usual, rel=0.06)
+        assert relative(model, tensor, changes=changes) == pytest.approx(changed, rel=0.06)
+
+
+def test_changes_must_be_positive_and_for_modules_that_are_there():
+    with pytest.raises(ValueError, match=r"changes: Linear has no module 'top'. Pass a path of named_modules\(\)"):
+        rf.parameter_groups(nn.Linear(3, 4), lr=1e-3, changes={"top": 120.0})
+    with pytest.raises(ValueError, match=r"changes: that of '' must be positive, got 0.0. 120 is the usual one"):
+        rf.parameter_groups(nn.Linear(3, 4), lr=1e-3, changes={"": 0.0})
+
+
 def test_a_dense_model_has_one_group():
     (group,) = rf.parameter_groups(nn.Linear(3, 4), lr=2e-3)
     assert (group["name"], group["lr"], len(group["params"])) == ("other", 2e-3, 2)

@@ -186,6 +186,14 @@ def test_a_run_that_does_not_come_to_rest_is_asked_once(events, step):
     assert next_step(records(losses[:-1], events, prices=prices[:-1]), EPOCHS, 5) == "wait"
 
 
+@pytest.mark.parametrize(("first", "step"), [(5, "ask"), (6, "ask"), (7, "wait")])
+def test_a_short_run_with_a_long_warm_up_is_asked_once(first, step):
+    losses = [0.71, 0.66, 0.63, 0.62, 0.61, 0.6, 0.59, 0.57]  # Ten epochs; the whole KL comes in with the sixth or so.
+    prices = [86.0, 56.0, 21.0, 6.2, 4.1, 3.1, 2.5, 2.2]
+    assert next_step(records(losses, prices=prices), 10, first) == step
+    assert next_step(records(losses[:-1], prices=prices[:-1]), 10, first) == "wait"
+
+
 def test_a_run_that_has_most_to_learn_yet_is_not_asked():
     losses = [2.0] * 77 + [1.9, 1.8, 1.7, 1.6]
     assert next_step(records(losses), EPOCHS, 5) == "wait"

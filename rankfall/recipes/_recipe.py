@@ -29,6 +29,7 @@ class Network:
         ranks: The rank at the start of a layer by its path, where it is not `max_rank`.
         formats: How a layer by its path is held where it is not as the recipe usually holds weights, unless `--format`
             holds all of them in one way.
+        changes: Steps of factors by the path of a module, as `rf.parameter_groups` takes them.
         baselines: Methods that only this network has, by their names: each changes the network of a fixed rank, in
             place, so that the whole has at most so many parameters.
     """
@@ -43,6 +44,7 @@ class Network:
     modes: Mapping[str, tuple[Modes, Modes]] = field(default_factory=dict)
     ranks: Mapping[str, int] = field(default_factory=dict)
     formats: Mapping[str, FormatName] = field(default_factory=dict)
+    changes: Mapping[str, float] = field(default_factory=dict)
     baselines: Mapping[MethodName, Callable[[nn.Module, int], object]] = field(default_factory=dict)
 
 

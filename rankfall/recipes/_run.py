@@ -254,7 +254,7 @@ def _fit(
             model,
             data.batches(-(-network.batch_size // processes.count)),  # A step is that of one batch, however dealt out.
             partial(_cross_entropy, precision=options.precision),
-            optimizer=torch.optim.Adam(parameter_groups(model, network.lr), fused=True),
+            optimizer=torch.optim.Adam(parameter_groups(model, network.lr, changes=network.changes), fused=True),
             epochs=phase.epochs,
             num_data=data.num_data,
             beta=options.beta if options.shrinks else 0.0,
