@@ -148,8 +148,8 @@ def _search(
     found: list[RankChange] = []
     missed: list[RankChange] = []
     for bond, rank in tensor.ranks.items():
-        if rank == 0:
-            continue
+        if 0 in tensor.ranks.values():
+            break
         at = _candidates(tensor, bond, criterion, moved=moved)
         best = _best_rank(at, rank, criterion, base, rank - max(1, math.floor(rank * max_cut)))
         if best.passes:
@@ -158,12 +158,27 @@ def _search(
             base = criterion.losses()
         else:
             missed.append(RankChange(name, bond, rank, best.rank, best.cost, best.saved))
+    if 0 in tensor.ranks.values():
+        found += _rest_of_nothing(tensor, name, criterion, moved=moved)
+        missed = []
     # What a row says depends on the slices that are left, and rows do not come back: so they go after the slices.
     if not found and (cut := _cut_rows(tensor, name, criterion, base)) is not None:
         found.append(cut)
         _reduce(tensor, _ROWS, cut.after, None, moved=moved)
         base = criterion.losses()
     return Cuts(found, missed, base, moved)
+
+
+def _rest_of_nothing(tensor: LowRankTensor, name: str, criterion: Criterion, *, moved: bool) -> list[RankChange]:
+    """What is left of a weight with a bond of rank 0 goes too: it is zero all the same, and nobody need be asked."""
+    found = []
+    for bond, rank in tensor.ranks.items():
+        if rank > 0:
+            found.append(
+                RankChange(name, bond, rank, 0, 0.0, _candidates(tensor, bond, criterion, moved=moved)(0).saved)
+            )
+            _reduce(tensor, bond, 0, None, moved=moved)
+    return found
 
 
 def _cut_rows(tensor: LowRankTensor, name: str, criterion: Criterion, base: Losses) -> RankChange | None:

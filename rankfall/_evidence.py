@@ -111,7 +111,7 @@ def select_ranks_(
         beta: Weight of the KL, as in training.
         z: How many standard errors the loss of likelihood is taken to be worse than measured. Raise it to cut less.
         max_cut: The largest part of a bond that one call may remove, above 0 and up to 1; a single slice may always go.
-            Rows of a table may go as far as it pays.
+            Rows of a table may go as far as it pays, and a weight that is zero goes as a whole.
 
     Returns:
         What was cut and why, in nats; empty if nothing was.

@@ -125,11 +125,27 @@ def test_a_weight_that_carries_nothing_goes_to_rank_zero(kind):
 
     for _ in range(6):
         rf.select_ranks_(layer, nll=nll, num_data=500, max_cut=1.0)
-    assert 0 in layer.weight.ranks.values()
+    assert not any(layer.weight.ranks.values())
     assert bool((layer.weight.dense() == 0).all())
     assert math.isfinite(float(rf.kl(layer).detach()))
     torch.testing.assert_close(layer(x), layer.bias.expand(500, 8))
     layer(x).sum().backward()
+
+
+def test_a_weight_that_is_zero_goes_as_a_whole_and_no_example_is_asked():
+    torch.manual_seed(0)
+    layer = rf.nn.Linear(12, 8, bias=False, format=rf.TT(3, in_modes=(3, 4), out_modes=(2, 4)))
+    layer.weight.keep_slices_("r2", torch.tensor([], dtype=torch.int64))
+    x, asked = torch.randn(500, 12), []
+
+    def nll():
+        asked.append(1)
+        return layer(x).square().sum(1)
+
+    changes = rf.select_ranks_(layer, nll=nll, num_data=500, max_cut=0.25)
+    assert [(c.bond, c.after, c.nll_cost) for c in changes] == [("r1", 0, 0.0), ("r3", 0, 0.0)]
+    assert all(c.saved > 0 for c in changes)
+    assert len(asked) == 1  # Of the model as it was.
 
 
 def test_slices_at_rest_at_the_prior_go_and_the_others_stay(kind):
