@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tables learn of planted clicks: by what the digits of an id share at the start, and with ranks by the evidence.
+"""What tables learn of planted clicks: by what digits of an id share at the start, by their steps, and by the evidence.
 
     python benchmarks/table_start.py [--seeds 0 1 2]
+    python benchmarks/table_start.py --steps [--seeds 0 1 2]
     python benchmarks/table_start.py --evidence [--seeds 0]
 
 DLRM with eight tables of 24 to 10 million rows, on made-up clicks whose truth has rank 2, or 1 in small tables; test
 figures of 131,072 other rows, beside those of the truth. First TT-matrices of rank 2 without a prior, one pass over
-524,288 rows; with --evidence the recipe's start ranks, prior and posterior, one pass over 3,145,728 rows in 12 epochs,
-and the ranks that are found.
+524,288 rows. With --steps five tables of 305 to 93,145 rows at the recipe's start ranks, without a prior, one pass over
+1,048,576 rows with the recipe's step size, by the relative change of a table per step and unit of it. With --evidence
+the recipe's start ranks, prior and posterior, one pass over 3,145,728 rows in 12 epochs, and the ranks that are found.
 """
 
 import argparse
 import statistics
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +23,7 @@ from _report import machine, table
 from torch import Tensor, nn
 
 import rankfall as rf
-from rankfall.recipes._clicks import ClickStream, Truth, make_clicks
+from rankfall.recipes._clicks import Clicks, ClickStream, Truth, make_clicks
 from rankfall.recipes._metrics import click_figures
 from rankfall.recipes._options import TrainOptions
 from rankfall.recipes._recommender import WIDTH, Recommender, table_modes
@@ -29,6 +32,8 @@ from rankfall.recipes.criteo import RECIPE, of_sizes
 
 _SIZES = (1460, 10131227, 305, 93145, 5461306, 24, 12517, 633)
 _SHARES = (0.0, 0.5, 0.9, 0.97)
+_FEWER_SIZES = (1460, 93145, 305, 12517, 633)
+_CHANGES = (20.0, 60.0, 120.0, 240.0)
 _BATCH = 1024
 
 
@@ -36,27 +41,41 @@ def main() -> None:
     torch.set_num_threads(1)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", action="store_true")
     parser.add_argument("--evidence", action="store_true")
     options = parser.parse_args()
     print(machine(1) + "\n")
-    truth = Truth(_SIZES)
+    truth = Truth(_FEWER_SIZES if options.steps else _SIZES)
     test = make_clicks(1 << 17, 1, truth)
     if options.evidence:
         for seed in options.seeds:
             _by_evidence(seed, truth, test.rows, test.labels)
         return
-    best = F.binary_cross_entropy_with_logits(test.log_odds, test.labels.float())
+    best = float(F.binary_cross_entropy_with_logits(test.log_odds, test.labels.float()))
     rows = [("truth", f"{best:.4f}", f"{click_figures(test.log_odds, test.labels)['auc']:.4f}")]
-    for share in _SHARES:
+    train, values = (_stepped, _CHANGES) if options.steps else (_shared, _SHARES)
+    rows += _compared(train, values, options.seeds, truth, test)
+    print("\n" + table(("change" if options.steps else "share", "test NLL", "AUC"), rows))
+
+
+def _compared(
+    train: Callable[[float, int, Truth], nn.Module],
+    values: Sequence[float],
+    seeds: Sequence[int],
+    truth: Truth,
+    test: Clicks,
+) -> list[tuple[str, ...]]:
+    rows = []
+    for value in values:
         found = []
-        for seed in options.seeds:
-            found.append(_trained(share, seed, truth, test.rows, test.labels))
-            print(share, seed, *found[-1], flush=True)
-        rows.append((f"{share:g}", *(_spread(values) for values in zip(*found, strict=True))))
-    print("\n" + table(("share", "test NLL", "AUC"), rows))
+        for seed in seeds:
+            found.append(_figures(train(value, seed, truth), test.rows, test.labels))
+            print(value, seed, *found[-1], flush=True)
+        rows.append((f"{value:g}", *(_spread(figures) for figures in zip(*found, strict=True))))
+    return rows
 
 
-def _trained(share: float, seed: int, truth: Truth, rows: Tensor, clicked: Tensor) -> tuple[float, float]:
+def _shared(share: float, seed: int, truth: Truth) -> nn.Module:
     torch.manual_seed(seed)
     model = Recommender(_SIZES)
     rf.tensorize_(model, rf.TTM(2), posterior=rf.Point(), device="cpu")
@@ -67,7 +86,16 @@ def _trained(share: float, seed: int, truth: Truth, rows: Tensor, clicked: Tenso
             (size, WIDTH), format, posterior=rf.Point(), initial_std=1.0, initial_share=share
         )
     _fit(model, truth, rows=1 << 19, epochs=2, beta=0.0, selection=None)
-    return _figures(model, rows, clicked)
+    return model
+
+
+def _stepped(change: float, seed: int, truth: Truth) -> nn.Module:
+    torch.manual_seed(seed)
+    network = of_sizes(RECIPE.network(None), truth.sizes)
+    model = build_model(network, TrainOptions("criteo", synthetic=True, posterior="point"))
+    groups = rf.parameter_groups(model, network.lr, changes={"tables": change})
+    _fit(model, truth, groups, rows=1 << 20, epochs=2, beta=0.0, selection=None)
+    return model
 
 
 def _by_evidence(seed: int, truth: Truth, rows: Tensor, clicked: Tensor) -> None:
@@ -82,14 +110,16 @@ def _by_evidence(seed: int, truth: Truth, rows: Tensor, clicked: Tensor) -> None
         print(f"{layer}: ranks {tuple(found.values())}, planted {planted}")
 
 
-def _fit(model: nn.Module, truth: Truth, *, rows: int, epochs: int, **options: Any) -> None:
+def _fit(
+    model: nn.Module, truth: Truth, groups: Sequence[dict] | None = None, *, rows: int, epochs: int, **options: Any
+) -> None:
     rf.fit(
         model,
         ClickStream(rows, 0, truth, rows // epochs).batches(_BATCH),
         lambda model, batch: F.cross_entropy(model(batch[0]), batch[1], reduction="none"),
         epochs=epochs,
         num_data=rows,
-        optimizer=torch.optim.Adam(rf.parameter_groups(model, 2e-3), fused=True),
+        optimizer=torch.optim.Adam(groups or rf.parameter_groups(model, 2e-3), fused=True),
         on_epoch=lambda history: print({k: history[-1][k] for k in ("epoch", "nll", "kl", "parameters")}, flush=True),
         progress=False,
         **options,
