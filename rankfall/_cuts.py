@@ -174,9 +174,8 @@ def _rest_of_nothing(tensor: LowRankTensor, name: str, criterion: Criterion, *, 
     found = []
     for bond, rank in tensor.ranks.items():
         if rank > 0:
-            found.append(
-                RankChange(name, bond, rank, 0, 0.0, _candidates(tensor, bond, criterion, moved=moved)(0).saved)
-            )
+            saved = _candidates(tensor, bond, criterion, moved=moved)(0).saved
+            found.append(RankChange(name, bond, rank, 0, 0.0, saved))
             _reduce(tensor, bond, 0, None, moved=moved)
     return found
 

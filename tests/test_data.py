@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Readers of pictures and texts, and the batches that rows are given out in."""
 
+import copy
 import lzma
 import re
 from pathlib import Path
@@ -202,6 +203,26 @@ def test_augmented_rows_count_as_many_as_their_views(tmp_path: Path, monkeypatch
     folder, _, _ = _run.train(TrainOptions("digits", out=tmp_path / "run"), progress=False)
     for record in folder.read_history():
         assert record["loss"] == pytest.approx(record["nll"] + record["kl"] / 420, rel=1e-5)
+
+
+@pytest.mark.parametrize("change", [1e-9, 120.0])
+def test_a_network_says_how_far_its_layers_step(tmp_path: Path, monkeypatch, change):
+    """At a billionth of a change a layer stays where it starts, and it moves at the usual one."""
+    rows, starts = (torch.rand(60, 8), torch.randint(2, (60,))), []
+
+    def starting(network, options):
+        starts.append(build_model(network, options))
+        starts.append(copy.deepcopy(starts[0]))
+        return starts[0]
+
+    build_model = _run.build_model
+    monkeypatch.setattr(_run, "build_model", starting)
+    network = Network(lambda: nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 2)), 4, 10, 1e-3, 2, changes={"0": change})
+    monkeypatch.setitem(_run.RECIPES, "digits", Recipe("digits", lambda _: Data(rows, rows), {"mlp": network}))
+    _run.train(TrainOptions("digits", posterior="point", out=tmp_path / "run"), progress=False)
+    # The gauge step does not change the weight.
+    moved, still = (model[0].weight.dense().detach() for model in starts)
+    assert torch.allclose(moved, still, atol=1e-5) == (change < 1)
 
 
 def test_auroc_counts_pairs():

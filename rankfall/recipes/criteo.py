@@ -98,7 +98,7 @@ _THIN: dict[str, FormatName] = {
     f"{part}.{2 * k}": "tt" for part, layers in (("bottom", 4), ("top", 3)) for k in range(layers)
 }
 # Rows of a table add to products with all other tables, and bear larger steps than those that a recurrent layer reads.
-# With the usual ones for tables, 20, what pairs of them say is hardly learned.
+# With the usual ones for tables, 20, a million rows teach little of what pairs of them say.
 _DLRM = Network(
     Recommender,
     epochs=16,
