@@ -5,7 +5,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
@@ -44,6 +44,10 @@ def _nothing(module: Module) -> None:
     """Refuses no layer."""
 
 
+def _nothing_else(twin: Module, module: Module) -> None:
+    """There is nothing else."""
+
+
 def _as_it_is(weight: Tensor) -> Tensor:
     """The weight."""
     return weight
@@ -61,6 +65,7 @@ class Conversion:
         check: Refuses a layer that its twin cannot stand for, with a ValueError.
         oriented: A weight as the twin holds it, for layers that store it transposed.
         initial_share: As for `LowRankTensor`, where it starts afresh.
+        carry_over: Hands on what the dense layer knows beside its weights, to the twin that is made of its values.
     """
 
     around: Callable[..., nn.Module]
@@ -70,6 +75,7 @@ class Conversion:
     check: Callable[[nn.Module], None] = _nothing
     oriented: Callable[[Tensor], Tensor] = _as_it_is
     initial_share: float = 0.0
+    carry_over: Callable[[Any, Any], None] = _nothing_else
 
     def parameters(self, module: nn.Module) -> dict[str, Tensor]:
         """The parameters that become tensors, by name.
@@ -141,7 +147,7 @@ _TABLE = {
 }
 _CONVERSIONS: dict[type[nn.Module], Conversion] = {
     nn.Linear: Conversion(_linear, _std_of_fan_in),
-    nn.Embedding: Conversion(_of_one_weight(Embedding.around), **_TABLE),
+    nn.Embedding: Conversion(_of_one_weight(Embedding.around), carry_over=Embedding.keep_padding_of, **_TABLE),
     nn.EmbeddingBag: Conversion(_of_one_weight(EmbeddingBag.around), **_TABLE),
     nn.Conv1d: Conversion(_of_one_weight(Conv1d.around), _std_of_fan_in),
     nn.Conv2d: Conversion(_of_one_weight(Conv2d.around), _std_of_fan_in),

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rankfall import _contract
-from rankfall._einsum import Axes, contract, cost_of, planned_once, shapes_of
+from rankfall._einsum import Axes, contract, cost_of, planned_once, rounded, shapes_of
 from rankfall._layout import Layout
 
 Sizes: TypeAlias = tuple[int, ...]
@@ -181,8 +181,8 @@ def convolve(layout: Layout, factors: Sequence[Tensor], x: Tensor, geometry: Geo
         geometry: How the kernel moves.
     """
     ranks = tuple(layout.ranks(shapes_of(factors)).items())
-    points_in = _rounded(x.shape[0] * math.prod(x.shape[2:]))
-    points_out = _rounded(points_in // math.prod(geometry.stride))
+    points_in = rounded(x.shape[0] * math.prod(x.shape[2:]))
+    points_out = rounded(points_in // math.prod(geometry.stride))
     plan = conv_plan(layout, ranks, geometry.groups, points_in, points_out)
     return convolve_by(layout, factors, x, geometry, (plan.maps_in, plan.maps_out))
 
@@ -213,10 +213,6 @@ def small_kernels(layout: Layout, factors: Sequence[Tensor], maps: tuple[bool, b
         after = _of(layout, factors, parts.outer, axes, len(layout.axes[0]))[:, :out_channels].T
     groups = _size(layout, factors, parts.shared)
     return SmallKernels(before, _small_kernel(layout, factors, parts), groups, after)
-
-
-def _rounded(count: int) -> int:
-    return 1 << (max(count, 1) - 1).bit_length()
 
 
 def _size(layout: Layout, factors: Sequence[Tensor], names: Axes) -> int:

@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from rankfall._layout import Layout
 from rankfall._priors import Prior, kl_of_moments
@@ -104,7 +104,7 @@ class _Divergence(torch.autograd.Function):
 
     All factors lie in one flat buffer: autograd would record some thirty small operations a factor, at every step. The
     scales s are held fixed in the gradient: at their optimum, and where they rest on their lower bound, the partial
-    gradient is the total one.
+    gradient is the total one. A gradient that is to be differentiated again is left to autograd, scales and all.
     """
 
     @staticmethod
@@ -113,16 +113,23 @@ class _Divergence(torch.autograd.Function):
     ) -> Tensor:
         mean, log_std = flat.joined(parameters)
         std = None if log_std is None else log_std.exp()
-        value, gradients = _bound(flat, prior, mean, log_std, std, hyperprior=hyperprior)
-        ctx.save_for_backward(*gradients)
-        ctx.like = parameters  # pyright: ignore[reportAttributeAccessIssue]
+        value, partials = _bound(flat, prior, mean, log_std, std, hyperprior=hyperprior)
+        ctx.save_for_backward(*partials, *parameters)
+        ctx.of = flat, prior, hyperprior, len(partials)  # pyright: ignore[reportAttributeAccessIssue]
         return value
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        found = torch.cat([gradient * partial for partial in ctx.saved_tensors])  # pyright: ignore
-        return (None, None, None, *_unflattened(found, ctx.like))  # pyright: ignore[reportAttributeAccessIssue]
+        flat, prior, hyperprior, count = ctx.of  # pyright: ignore[reportAttributeAccessIssue]
+        saved = ctx.saved_tensors  # pyright: ignore[reportAttributeAccessIssue]
+        partials, parameters = saved[:count], saved[count:]
+        if torch.is_grad_enabled():
+            mean, log_std = flat.joined(parameters)
+            std = None if log_std is None else log_std.exp()
+            value, _ = _bound(flat, prior, mean, log_std, std, hyperprior=hyperprior)
+            return None, None, None, *_followed([value], [gradient], parameters)
+        found = torch.cat([gradient * partial for partial in partials])
+        return (None, None, None, *_unflattened(found, parameters))
 
 
 class _Draw(torch.autograd.Function):
@@ -135,21 +142,36 @@ class _Draw(torch.autograd.Function):
         mean, log_std = flat.joined(parameters)
         assert log_std is not None, "a draw needs standard deviations"
         std = log_std.exp()
-        value, gradients = _bound(flat, prior, mean, log_std, std, hyperprior=True)
+        value, partials = _bound(flat, prior, mean, log_std, std, hyperprior=True)
         away = torch.randn_like(std).mul_(std)
-        ctx.save_for_backward(away, *gradients)
-        ctx.like = parameters  # pyright: ignore[reportAttributeAccessIssue]
+        ctx.save_for_backward(away, *partials, *parameters)
+        ctx.of = flat, prior  # pyright: ignore[reportAttributeAccessIssue]
         drawn = (mean + away).to(parameters[0].dtype)
         return value, *_unflattened(drawn, parameters[: len(flat.order)])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: FunctionCtx, of_kl: Tensor, *of_draws: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        away, of_mean, of_log_std = ctx.saved_tensors  # pyright: ignore[reportAttributeAccessIssue]
+        flat, prior = ctx.of  # pyright: ignore[reportAttributeAccessIssue]
+        away, of_mean, of_log_std, *parameters = ctx.saved_tensors  # pyright: ignore[reportAttributeAccessIssue]
+        if torch.is_grad_enabled():
+            mean, log_std = flat.joined(parameters)
+            value, _ = _bound(flat, prior, mean, log_std, log_std.exp(), hyperprior=True)
+            drawn = (mean + away * (log_std - log_std.detach()).exp()).to(parameters[0].dtype)
+            outputs = [value, *_unflattened(drawn, parameters[: len(flat.order)])]
+            return None, None, *_followed(outputs, [of_kl, *of_draws], parameters)
         of_draw = _flatten_dense_tensors(of_draws).to(away.dtype)
         parts = torch.addcmul(of_draw, of_mean, of_kl), torch.addcmul(of_draw * away, of_log_std, of_kl)
         found = torch.cat(parts)
-        return (None, None, *_unflattened(found, ctx.like))  # pyright: ignore[reportAttributeAccessIssue]
+        return (None, None, *_unflattened(found, parameters))
+
+
+def _followed(
+    outputs: Sequence[Tensor], gradients: Sequence[Tensor], parameters: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Gradients of parameters that can be differentiated again."""
+    wanted = [p for p in parameters if p.requires_grad]
+    found = iter(torch.autograd.grad(outputs, wanted, gradients, create_graph=True))
+    return [next(found) if p.requires_grad else None for p in parameters]
 
 
 def _bound(
@@ -162,7 +184,7 @@ def _bound(
     value, scales = kl_of_moments(prior, moments, flat.counts, hyperprior=hyperprior)
     if flat.core_entries:
         value = value + 0.5 * core.sum() / _CORE_STD**2 + flat.core_entries * math.log(_CORE_STD)
-    precision = torch.cat([scales.reciprocal(), flat.other_precisions]).index_select(0, flat.slices)
+    precision = flat.spread(torch.cat([scales.reciprocal(), flat.other_precisions]), len(mean))
     if variance is None or log_std is None:
         return value, [precision.mul_(mean)]
     value = value - log_std.sum() - 0.5 * len(log_std)
@@ -171,6 +193,26 @@ def _bound(
 
 # A sum of its own costs a few microseconds whatever the size, a scattered one a few nanoseconds an entry.
 _SMALL = 2048
+# Beyond, the slices of a factor are not written down entry by entry: that would take as much memory as the factor.
+_LARGE = 16_384
+
+
+class _Place(NamedTuple):
+    """Where a factor lies in the flat buffer, its shape as (before, rank, after), and the number of its first slice."""
+
+    start: int
+    shape: tuple[int, int, int]
+    first: int
+
+    @property
+    def entries(self) -> slice:
+        """Its part of the buffer."""
+        return slice(self.start, self.start + math.prod(self.shape))
+
+    @property
+    def slices(self) -> slice:
+        """Its part of the slices."""
+        return slice(self.first, self.first + self.shape[1])
 
 
 @dataclass(frozen=True)
@@ -182,10 +224,10 @@ class _Flat:
 
     Attributes:
         order: (tensor, factor) by its place in the buffer.
-        slices: The number of the slice of each entry.
+        slices: The number of the slice of each entry, for all factors but the large ones.
         counts: How many entries each slice governs.
         small: The size of the first part of the buffer, which is summed entry by entry.
-        large: For each factor after that, its shape as (before, rank, after), and the slices of its rank.
+        others: Each factor after that: where it begins, its shape as (before, rank, after), its first slice.
         other_precisions: 1 / s^2 of the last two numbers.
         core_entries: How many entries cores have.
     """
@@ -194,7 +236,7 @@ class _Flat:
     slices: Tensor
     counts: Tensor
     small: int
-    large: tuple[tuple[tuple[int, int, int], Tensor], ...]
+    others: tuple["_Place", ...]
     other_precisions: Tensor
     core_entries: int
 
@@ -215,18 +257,27 @@ class _Flat:
         """The sum over each slice."""
         total = squares.new_zeros(len(self.counts) + 2)
         total.index_add_(0, self.slices[: self.small], squares[: self.small])
-        start = self.small
-        for shape, slices in self.large:
-            stop = start + math.prod(shape)
-            total.index_add_(0, slices, squares[start:stop].view(shape).sum((0, 2)))
-            start = stop
+        for place in self.others:
+            total[place.slices].add_(squares[place.entries].view(place.shape).sum((0, 2)))
         return total
+
+    def spread(self, of_slices: Tensor, entries: int) -> Tensor:
+        """The number of its slice for each of so many entries."""
+        known = of_slices.index_select(0, self.slices)
+        if len(known) == entries:
+            return known
+        out = of_slices.new_empty(entries)
+        out[: len(known)] = known
+        for place in self.others:
+            if place.start >= len(known):
+                out[place.entries].view(place.shape).copy_(of_slices[place.slices].unsqueeze(1))
+        return out
 
 
 _Shapes: TypeAlias = tuple[tuple[Layout, tuple[torch.Size, ...]], ...]
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=32)
 def _flat(tensors: _Shapes, device: torch.device, dtype: torch.dtype) -> _Flat:
     """Made once for today's ranks, since that waits for the device."""
     counts: list[int] = []
@@ -238,35 +289,40 @@ def _flat(tensors: _Shapes, device: torch.device, dtype: torch.dtype) -> _Flat:
                 first_slice |= {(k, factor): (dim, len(counts)) for factor, dim in places}
                 counts += [count] * shapes[places[0][0]][places[0][1]]
     places = [(k, factor) for k, (_, shapes) in enumerate(tensors) for factor in range(len(shapes))]
-    order = sorted(places, key=lambda place: tensors[place[0]][1][place[1]].numel() >= _SMALL)
-    numbers, large, small, core_entries = [], [], 0, 0
+    order = sorted(places, key=lambda place: _size_class(tensors[place[0]][1][place[1]].numel()))
+    start, small, core_entries, others = 0, 0, 0, []
+    numbers = [torch.zeros(0, dtype=torch.int32, device="cpu")]
     for k, factor in order:
         layout, shapes = tensors[k]
         shape, is_core = shapes[factor], layout.core == factor
-        of_slices, viewed = _slices_of(shape, first_slice.get((k, factor)), len(counts) + (0 if is_core else 1))
-        numbers.append(of_slices.view(1, -1, 1).expand(viewed).reshape(-1))
+        first, viewed = _slices_of(shape, first_slice.get((k, factor)), len(counts) + (0 if is_core else 1))
         core_entries += shape.numel() if is_core else 0
-        if shape.numel() < _SMALL:
-            small += shape.numel()
+        if _size_class(shape.numel()) < 2:
+            of_slices = torch.arange(first, first + viewed[1], dtype=torch.int32, device="cpu")
+            numbers.append(of_slices.view(1, -1, 1).expand(viewed).reshape(-1))
+        if _size_class(shape.numel()) > 0:
+            others.append(_Place(start, viewed, first))
         else:
-            large.append((viewed, of_slices.to(device)))
+            small += shape.numel()
+        start += shape.numel()
     return _Flat(
         tuple(order),
         torch.cat(numbers).to(device),
         torch.tensor(counts, device=device, dtype=dtype),
         small,
-        tuple(large),
+        tuple(others),
         torch.tensor([_CORE_STD**-2, 0.0], device=device, dtype=dtype),
         core_entries,
     )
 
 
-def _slices_of(
-    shape: torch.Size, governed: tuple[int, int] | None, otherwise: int
-) -> tuple[Tensor, tuple[int, int, int]]:
-    """The numbers of a factor's slices, and its shape as (before, rank, after)."""
+def _size_class(entries: int) -> int:
+    return (entries >= _SMALL) + (entries >= _LARGE)
+
+
+def _slices_of(shape: torch.Size, governed: tuple[int, int] | None, otherwise: int) -> tuple[int, tuple[int, int, int]]:
+    """The number of a factor's first slice, and its shape as (before, rank, after)."""
     if governed is None:
-        return torch.tensor([otherwise], device="cpu"), (1, 1, shape.numel())
+        return otherwise, (1, 1, shape.numel())
     dim, first = governed
-    viewed = (math.prod(shape[:dim]), shape[dim], math.prod(shape[dim + 1 :]))
-    return torch.arange(first, first + shape[dim], device="cpu"), viewed
+    return first, (math.prod(shape[:dim]), shape[dim], math.prod(shape[dim + 1 :]))

@@ -19,6 +19,8 @@ Shapes: TypeAlias = tuple[tuple[int, ...], ...]
 BATCH = "..."
 """The name of any number of leading dimensions; at most one tensor of a network carries it, in front."""
 
+_LARGEST = 8**20
+
 # The exact search takes milliseconds up to here, and seconds for networks of twice as many tensors.
 _MOST_PLANNED_EXACTLY = 16
 
@@ -83,9 +85,23 @@ def shapes_of(tensors: Iterable[Tensor]) -> Shapes:
     return tuple([tuple(t.shape) for t in tensors])
 
 
-def rounded(count: int) -> int:
-    """The next power of two, so that few plans are made."""
+def power_of_two(count: int) -> int:
+    """The next power of two."""
     return 1 << (max(count, 1) - 1).bit_length()
+
+
+def rounded(count: int) -> int:
+    """A little more than a number, at most a quarter, so that few plans are made: 4 5 6 7 8 10 12 14 16 20 ...
+
+    While torch.compile traces, a power of eight that is not less: numbers of rows in between share a graph then.
+    """
+    if torch.compiler.is_compiling():
+        bound = 1
+        while count > bound and bound < _LARGEST:  # Compared, and nothing else, a symbol stays one.
+            bound *= 8
+        return bound
+    step = power_of_two(count) // 8 or 1
+    return -(-max(count, 1) // step) * step
 
 
 def _equation(inputs: Sequence[Axes], output: Axes) -> str:

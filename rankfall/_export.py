@@ -190,9 +190,9 @@ def _dense_table(layer: Embedding | EmbeddingBag, weight: nn.Parameter) -> nn.Mo
         bag.weight = weight
         return bag
     if layer.padding_idx is not None:
-        # The row of padding is zeros, which a tied output layer has no part in.
+        # The row of padding is its own, which a tied output layer has no part in.
         weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
-        weight.data[layer.padding_idx] = 0.0
+        weight.data[layer.padding_idx] = 0.0 if layer.padding_row is None else layer.padding_row
     plain = nn.Embedding(*layer.weight.shape, padding_idx=layer.padding_idx, device="meta")
     plain.weight = weight
     return plain
@@ -240,6 +240,9 @@ def _factored_embedding(layer: Embedding, factors: list[nn.Parameter], batch_siz
     if layer.padding_idx is not None:
         words = graph.call_method("unsqueeze", (graph.call_function(operator.ne, (flat, layer.padding_idx)), 1))
         rows = graph.call_function(operator.mul, (rows, words))
+        if layer.padding_row is not None:
+            root.register_buffer("padding_row", layer.padding_row)
+            rows = graph.call_function(torch.where, (words, rows, graph.get_attr("padding_row")))
     shape = graph.call_function(operator.add, (graph.call_method("size", (ids,)), (layer.embedding_dim,)))
     graph.output(graph.call_method("reshape", (rows, shape)))
     return fx.GraphModule(root, graph, class_name="FactoredEmbedding")

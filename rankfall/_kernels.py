@@ -13,9 +13,8 @@ import triton
 import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from rankfall._einsum import rounded
+from rankfall._einsum import power_of_two
 
 _UNROLLED = 4  # Steps of a sum whose numbers are fetched together.
 _LONGEST = 64  # Side of the tile that a program holds in registers.
@@ -147,10 +146,13 @@ class _OwnProducts(torch.autograd.Function):
         return _products(left, matrices, which)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # noqa: ANN401  # pyright: ignore
         left, matrices, which = ctx.saved_tensors
         needs_left, needs_matrices, _ = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # What is to be differentiated again is left to operations that autograd knows.
+            chosen = matrices.index_select(0, which)
+            of_chosen = torch.zeros_like(matrices).index_add(0, which, torch.bmm(left.mT, grad))
+            return torch.bmm(grad, chosen.mT), of_chosen, None
         of_left = _products(grad, matrices.transpose(1, 2), which) if needs_left else None
         of_matrices = _gradients(left, grad, which, len(matrices)).to(matrices.dtype) if needs_matrices else None
         return of_left, of_matrices, None
@@ -194,5 +196,5 @@ def _run(kernel: Any, left: Tensor, right: Tensor, which: Tensor, out: Tensor) -
 
 def _tile(rows: int, columns: int) -> tuple[int, int]:
     """Sides of the part of a matrix that one program works out, powers of two."""
-    high = min(rounded(rows), _LONGEST)
-    return high, min(rounded(columns), _TILE // high)
+    high = min(power_of_two(rows), _LONGEST)
+    return high, min(power_of_two(columns), _TILE // high)

@@ -15,7 +15,19 @@ from torch import Tensor
 
 from rankfall import _contract
 from rankfall._contract import NARROW, Halves, cut_at, effort_of_mixed, halves, matrices, mixed, part_plan
-from rankfall._einsum import Axes, Plan, Shapes, contract, cost_of, plan, planned_once, rounded, run, shapes_of
+from rankfall._einsum import (
+    Axes,
+    Plan,
+    Shapes,
+    contract,
+    cost_of,
+    plan,
+    planned_once,
+    power_of_two,
+    rounded,
+    run,
+    shapes_of,
+)
 from rankfall._layout import Layout
 from rankfall._rows import OwnRows, Rows, TableRows, may_look_at
 
@@ -278,7 +290,7 @@ def _times_own(
         if missing:
             left, matrices = F.pad(left, (0, missing)), F.pad(matrices, (0, 0, 0, missing))
         return torch.bmm(left, matrices.index_select(0, which))
-    together = min(max(rounded(each), _TOGETHER), _MOST_TOGETHER)
+    together = min(max(power_of_two(each), _TOGETHER), _MOST_TOGETHER)
     place, owner = _seats(which, len(matrices), together)
     seats = left.new_zeros(len(owner) * together, p * q).index_copy(0, place, left.reshape(count, p * q))
     products = torch.bmm(seats.view(len(owner), together * p, q), matrices.index_select(0, owner))

@@ -89,7 +89,8 @@ def calibrate(*, anew: bool = False) -> Machine:
     found = None if anew else _read()
     if found is None:
         found = _measured()
-        with suppress(OSError):  # A home that cannot be written to: the figures hold for this process.
+        # A home that cannot be written to, or is not to be found: the figures hold for this process.
+        with suppress(OSError, RuntimeError):
             keep(found)
     use(found)
     return found
@@ -121,7 +122,7 @@ def _read() -> Machine | None:
         found = Machine(**{name: float(kept.pop(name)) for name in asdict(USUAL)})
         if kept:
             return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RuntimeError):
         return None
     return found if all(map(math.isfinite, asdict(found).values())) and _plausible(found) == found else None
 

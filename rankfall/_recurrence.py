@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import PackedSequence
 
 from rankfall._contract import LEAST_RANK, Halves, dense, halves, matrices
@@ -229,8 +228,8 @@ class _LSTMSteps(torch.autograd.Function):
         return states.after, clock.last(states.all), clock.last(cells.all)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_h: Tensor, d_c: Tensor) -> tuple[Any, ...]:  # noqa: ANN401  # pyright: ignore
+        _check_first_order()
         left, right, gates, states, cells, squashed = ctx.saved_tensors
         clock, size, recurrent = ctx.clock, d_h.shape[2], Recurrent(left, right)
         d_gates, d_h, d_c = torch.empty_like(gates), d_h.clone(), d_c.clone()
@@ -286,8 +285,8 @@ class _GRUSteps(torch.autograd.Function):
         return states.after, clock.last(states.all)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_h: Tensor) -> tuple[Any, ...]:  # noqa: ANN401  # pyright: ignore
+        _check_first_order()
         left, right, gates, states, heard = ctx.saved_tensors
         clock, size, recurrent = ctx.clock, d_h.shape[2], Recurrent(left, right)
         r, z, n = gates.split(size, 2)
@@ -311,6 +310,15 @@ class _GRUSteps(torch.autograd.Function):
         # The projected inputs stand outside of the product that r multiplies.
         torch.mul(to_n, d_states, out=s_n)
         return *d_recurrent, d_bias, d_h, None, *slopes
+
+
+def _check_first_order() -> None:
+    """Refuses a backward pass that is to be differentiated in its turn, which would leave out these steps unsaid."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "rf.nn.LSTM and rf.nn.GRU have no second derivatives on a CPU, so create_graph=True does not go through "
+            "them. Differentiate torch's layers with the same weights: rf.export(model, dense=True)."
+        )
 
 
 def _products(left: Tensor, right: Tensor, out: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from rankfall._tensor import LowRankTensor
+from rankfall.nn import Embedding
 
 
 def check_state(model: nn.Module, state: Mapping[str, Tensor], source: Path | str) -> None:
@@ -22,7 +23,9 @@ def check_state(model: nn.Module, state: Mapping[str, Tensor], source: Path | st
     """
     own = model.state_dict()
     kind = type(model).__name__
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    rows = _rows_of_padding(model)
+    known = own.keys() | rows.keys()
+    missing, unexpected = sorted(own.keys() - rows.keys() - state.keys()), sorted(state.keys() - known)
     if missing or unexpected:
         raise ValueError(
             f"{source} is of another architecture than this {kind}: missing {_some(missing)}; "
@@ -34,12 +37,22 @@ def check_state(model: nn.Module, state: Mapping[str, Tensor], source: Path | st
             keys = [f"{name}.{key}".removeprefix(".") for key in tensor.state_dict()]
             of_tensors.update(keys)
             _check_tensor(tensor, name, [tuple(state[key].shape) for key in keys], source)
-    for key in own.keys() - of_tensors:
-        if own[key].shape != state[key].shape:
+    shapes = {key: tuple(value.shape) for key, value in own.items() if key not in of_tensors} | rows
+    for key in shapes.keys() & state.keys():
+        if shapes[key] != state[key].shape:
             raise ValueError(
-                f"{key!r} has shape {tuple(state[key].shape)} in {source}, but {tuple(own[key].shape)} in this {kind}. "
+                f"{key!r} has shape {tuple(state[key].shape)} in {source}, but {shapes[key]} in this {kind}. "
                 "Make the model with the sizes it was saved with."
             )
+
+
+def _rows_of_padding(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shapes of what a table may hold beside its tensor, and need not."""
+    return {
+        f"{name}.padding_row".removeprefix("."): (module.embedding_dim,)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, Embedding) and module.padding_idx is not None
+    }
 
 
 def _check_tensor(tensor: LowRankTensor, name: str, shapes: list[tuple[int, ...]], source: Path | str) -> None:

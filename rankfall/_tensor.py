@@ -132,6 +132,16 @@ class LowRankTensor(Sliced):
         return self._whole.shape
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The type of the factors, as code that asks a weight for its type expects it."""
+        return self.factors[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the factors are."""
+        return self.factors[0].device
+
+    @property
     def layout(self) -> Layout:
         """The format applied to the rows that are left, read off the factors as ranks are."""
         if not self.is_table:

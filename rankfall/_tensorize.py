@@ -127,7 +127,10 @@ def build_replacements(
                     tensors[id(weight)] = _convert(layer, name, weight, conversion, spec, from_dense)
                     tensors[id(weight)].path = path if name == "weight" else _join(path, name)
                 weights[name] = tensors[id(weight)]
-            replacements[id(layer)] = _with_hooks_of(layer, conversion.around(weights, layer))
+            twin = conversion.around(weights, layer)
+            if from_dense:
+                conversion.carry_over(twin, layer)
+            replacements[id(layer)] = _with_hooks_of(layer, twin)
     return replacements
 
 

@@ -55,6 +55,15 @@ def check_a_single_gradient():
         assert inputs[1 - k].grad is None
 
 
+def check_second_derivatives():
+    inputs = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 2, 2), (2, 2, 3))]
+    which = torch.tensor([1, 0, 1])
+    assert torch.autograd.gradgradcheck(lambda *given: _kernels.own_products(*given, which), inputs)
+    products = _kernels.own_products(*inputs, which)
+    first = torch.autograd.grad(products.sum(), inputs, create_graph=True)
+    assert all(gradient.requires_grad for gradient in first)
+
+
 def check_autocast():
     left, matrices = torch.randn(6, 2, 3), torch.randn(4, 3, 5)
     with torch.autocast("cpu", torch.bfloat16):
@@ -94,6 +103,13 @@ def check_tables():
 
 
 if __name__ == "__main__":
-    for check in (check_products, check_a_single_gradient, check_autocast, check_the_trial, check_tables):
+    for check in (
+        check_products,
+        check_a_single_gradient,
+        check_second_derivatives,
+        check_autocast,
+        check_the_trial,
+        check_tables,
+    ):
         check()
         sys.stdout.write(f"{check.__name__}: fine\n")

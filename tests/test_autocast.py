@@ -45,6 +45,12 @@ def test_layers_work_under_autocast(kind, posterior):
     assert all(p.grad.dtype == torch.float32 and bool(torch.isfinite(p.grad).all()) for p in layer.parameters())
 
 
+@pytest.mark.parametrize("make", [rf.nn.Embedding, rf.nn.EmbeddingBag])
+def test_tables_give_their_own_type_as_torchs_do(make, kind):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert make(300, 12, format=kind(3))(torch.tensor([[3, 5]])).dtype == torch.float32
+
+
 def test_layers_work_in_bfloat16(kind, posterior):
     model = nn.Sequential(nn.Linear(63, 48), nn.ReLU()).to(torch.bfloat16)
     model = rf.tensorize_(model, kind(4), posterior=posterior).train()

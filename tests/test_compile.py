@@ -67,6 +67,25 @@ def test_a_cut_compiles_once_more():
     assert len(graphs) <= 3
 
 
+@pytest.mark.parametrize("name", ["linear", "embedding", "bag", "convolution"])
+def test_batches_of_any_size_share_few_graphs(name, kind):
+    """One for each eightfold of the batch, at most; torch gives up after eight."""
+    make, x = LAYERS[name]
+    layer = make(kind(3)).eval()
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    for rows in (3, 4, 5, 7, 9, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47):
+        given = x[:1].repeat(rows, *[1] * (x.dim() - 1))
+        torch.testing.assert_close(compiled(given), layer(given), rtol=1e-4, atol=1e-5)
+    assert len(graphs) <= 5
+
+
 def test_attention_is_one_graph():
     layer = rf.nn.MultiheadAttention(12, 2, format=rf.TT(3)).eval()
     x = torch.linspace(-1, 1, 72).view(6, 12)

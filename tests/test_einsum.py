@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import laws
 import rankfall as rf
 from rankfall import _matmul
-from rankfall._einsum import BATCH, contract, plan, run, shapes_of
+from rankfall._einsum import BATCH, contract, plan, power_of_two, rounded, run, shapes_of
 
 
 def test_a_contraction_is_what_matrix_products_give():
@@ -91,3 +93,12 @@ def test_low_ranks_are_cheaper_than_the_dense_weight(kind):
     t = rf.LowRankTensor((256, 256), kind(2))
     steps = _matmul.linear_plan(t.layout, shapes_of(t.factors), 1024)
     assert steps.flops < 0.5 * 2 * 1024 * 256 * 256
+
+
+@given(st.integers(0, 10**9))
+def test_rounded_is_a_little_more_and_takes_few_values(count):
+    assert max(count, 1) <= rounded(count) <= max(1.25 * count, 1)
+    assert rounded(rounded(count)) == rounded(count)
+    assert rounded(2 * count) == 2 * rounded(count) or count < 4
+    assert count <= power_of_two(count) < max(2 * count, 2)
+    assert power_of_two(count).bit_count() == 1

@@ -7,7 +7,7 @@ from torch import nn
 
 import rankfall as rf
 from rankfall import _divergence
-from rankfall._divergence import Factors, kl_of_factors
+from rankfall._divergence import Factors, draw_with_kl, kl_of_factors
 from rankfall._elbo import JointDraw
 
 
@@ -41,10 +41,41 @@ def test_the_gradient_of_the_kl_is_that_of_finite_differences(kind, prior, poste
         return kl_of_factors(t.prior, [Factors(t.layout, values[:count], values[count:])])
 
     assert torch.autograd.gradcheck(value, parameters, eps=1e-6, atol=1e-6, rtol=1e-5)
+    assert torch.autograd.gradgradcheck(value, parameters, eps=1e-6, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("small", [0, 30, 10**6], ids=["none small", "some small", "all small"])
-def test_all_tensors_together_are_the_sum_of_each(monkeypatch, kind, posterior, small):
+def test_a_draw_with_its_kl_can_be_differentiated_twice(kind):
+    torch.manual_seed(0)
+    t = rf.LowRankTensor((4, 6), kind(2), posterior=rf.MeanField(0.3), dtype=torch.float64)
+    parameters = [p.detach().clone().requires_grad_() for p in t.parameters()]
+    count = len(t.factors)
+
+    def value_and_draw(*values):
+        torch.manual_seed(1)
+        value, (drawn,) = draw_with_kl(t.prior, [Factors(t.layout, values[:count], values[count:])])
+        return value, *drawn
+
+    assert torch.autograd.gradcheck(value_and_draw, parameters)
+    assert torch.autograd.gradgradcheck(value_and_draw, parameters)
+
+
+def test_the_curvature_of_a_loss_has_that_of_the_kl_in_it():
+    """Not only where the incoming gradient needs one itself: `create_graph` alone has to do."""
+    torch.manual_seed(0)
+    layer = rf.nn.Linear(6, 4, format=rf.TT(2), dtype=torch.float64)
+    factors = list(layer.weight.factors)
+    factors[0].requires_grad_()
+    first = torch.autograd.grad(rf.kl(layer), factors, create_graph=True)
+    assert all(gradient.requires_grad for gradient in first)
+    layer.weight.log_stds[0].requires_grad_(False)
+    frozen = torch.autograd.grad(rf.kl(layer), factors, create_graph=True)
+    torch.testing.assert_close(frozen, first)
+
+
+@pytest.mark.parametrize(
+    "sizes", [(0, 0), (20, 40), (20, 20), (10**6, 10**6)], ids=["all large", "of each", "no middle ones", "all small"]
+)
+def test_all_tensors_together_are_the_sum_of_each(monkeypatch, kind, posterior, sizes):
     """Law: one buffer for all layers changes neither the KL nor its gradient, however its sums are done."""
     torch.manual_seed(0)
     make = partial(rf.LowRankTensor, posterior=posterior, dtype=torch.float64)
@@ -54,12 +85,26 @@ def test_all_tensors_together_are_the_sum_of_each(monkeypatch, kind, posterior, 
     model = nn.ModuleList([*tensors, other])
     alone = sum(t.kl() for t in model)
     expected = torch.autograd.grad(alone, list(model.parameters()))
-    monkeypatch.setattr(_divergence, "_SMALL", small)
+    for name, size in zip(("_SMALL", "_LARGE"), sizes, strict=True):
+        monkeypatch.setattr(_divergence, name, size)
     _divergence._flat.cache_clear()
     together = rf.kl(model)
     torch.testing.assert_close(together, alone)
     torch.testing.assert_close(torch.autograd.grad(together, list(model.parameters())), expected)
     _divergence._flat.cache_clear()
+
+
+def test_what_is_kept_of_each_set_of_ranks_is_smaller_than_the_factors():
+    layer = rf.nn.Embedding(20_000, 8, format=rf.TT(16, out_modes=(20_000,), in_modes=(8,)), posterior=rf.Point())
+    _divergence._flat.cache_clear()
+    rf.kl(layer)
+    rf.kl(layer)
+    factors = layer.weight.posterior_factors()
+    shapes = ((factors.layout, tuple(mean.shape for mean in factors.means)),)
+    kept = _divergence._flat(shapes, torch.device("cpu"), torch.float32)
+    assert _divergence._flat.cache_info().hits == 2
+    entries = sum(mean.numel() for mean in factors.means)
+    assert entries > 10 * (kept.slices.nbytes + kept.counts.nbytes) / 4
 
 
 def test_tensors_of_several_types_have_one_kl():

@@ -234,6 +234,33 @@ def test_gradients_are_dense_and_padding_learns_nothing(kind):
     assert all(f.grad.layout is torch.strided for f in t.factors)
 
 
+def test_the_row_of_padding_is_that_of_the_dense_table(tmp_path):
+    """Tied to an output layer, or trained before it was padding, it is not zeros."""
+    dense = nn.Embedding(24, 6, padding_idx=3)
+    dense.weight.data.normal_()
+    ids = torch.tensor([[3, 5], [23, 3]])
+    model = nn.Sequential(rf.nn.Embedding.from_dense(dense, format=rf.TT(150), posterior=rf.Point()))
+    close(model(ids), dense(ids), 1e-5)
+    assert torch.equal(model(ids)[0, 0], dense.weight[3])
+    (model(ids)[0, 0].sum() + 0 * model(ids).sum()).backward()
+    assert all(not bool(factor.grad.any()) for factor in model[0].weight.factors)
+    changed = rf.tensorize_(nn.Sequential(dense), rf.TT(150), posterior=rf.Point(), from_dense=True)
+    close(changed(ids), dense(ids), 1e-5)
+    for made in (rf.export(changed.eval()), rf.export(changed, dense=True)):
+        close(made(ids), dense(ids), 1e-5)
+    rf.save(changed, tmp_path / "table.safetensors")
+    for other in (
+        nn.Sequential(nn.Embedding(24, 6, 3)),
+        nn.Sequential(rf.nn.Embedding(24, 6, 3, format=rf.TT(2), posterior=rf.Point())),
+    ):
+        assert torch.equal(rf.load(tmp_path / "table.safetensors", other)(ids), changed(ids))
+    afresh = rf.tensorize_(nn.Sequential(nn.Embedding(24, 6, padding_idx=3)), rf.TT(4), from_dense=True)
+    assert afresh[0].padding_row is None
+    changed.load_state_dict({k: v for k, v in afresh.state_dict().items() if "log_stds" not in k})
+    assert torch.equal(changed(ids)[0, 0], torch.zeros(6))
+    assert rf.tensorize_(nn.Sequential(dense), rf.TT(2))[0].padding_row is None
+
+
 BAGS = {
     "one bag each": torch.tensor([0, 1, 2, 3, 4, 5]),
     "two bags": torch.tensor([0, 4]),
@@ -322,6 +349,11 @@ def test_errors_name_the_layer():
     message(ValueError, "has bags of one size, so leave out", lambda: bag(torch.ones(2, 2).long(), torch.tensor([0])))
     message(ValueError, "shape (n,) or (bags, n), got (1, 1, 1)", lambda: bag(torch.ones(1, 1, 1).long()))
     message(ValueError, "integers of shape (bags,), got torch.float32", lambda: bag(torch.tensor([1]), torch.ones(1)))
+    ids, total = torch.tensor([[1, 2], [3, 4]]), rf.nn.EmbeddingBag(30, 8, "sum", format=rf.TT(3))
+    text = "per_sample_weights must have the shape of the ids, (2, 2), got (2, 1)."
+    message(ValueError, text, lambda: total(ids, per_sample_weights=torch.ones(2, 1)))
+    text = "EmbeddingBag: per_sample_weights go with mode='sum', and the mode is 'mean'."
+    message(NotImplementedError, text, lambda: bag(ids, per_sample_weights=torch.ones(2, 2)))
 
 
 @pytest.mark.parametrize("offsets", [[1, 2], [0, 2, 1], [0, 4]])

@@ -25,7 +25,7 @@ def test_kernels_do_what_torch_does():
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.count("fine") == 5
+    assert run.stdout.count("fine") == 6
 
 
 @pytest.mark.parametrize(("numbers", "architecture"), [("fp32", 75), ("bf16", 80), ("fp64", 90)])

@@ -52,6 +52,17 @@ def test_a_home_that_cannot_be_written_to(monkeypatch, tmp_path):
     assert calibrate() == machine() == OTHER
 
 
+def test_a_home_that_is_not_to_be_found(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(_machine.Path, "home", no_home)
+    monkeypatch.setattr(_machine, "_measured", lambda: OTHER)
+    assert calibrate() == machine() == OTHER
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -63,6 +74,7 @@ def test_a_home_that_cannot_be_written_to(monkeypatch, tmp_path):
         lambda kept: json.dumps(kept | {"speed": 1.0}),
         lambda kept: json.dumps({name: kept[name] for name in ("of", "flops", "elements")}),
         lambda kept: json.dumps(kept | {"flops": float("nan")}),
+        lambda kept: json.dumps(kept | {"flops": 10**400}),
     ],
 )
 def test_figures_that_are_not_of_this_machine_or_make_no_sense(change):

@@ -260,3 +260,22 @@ def test_errors_name_the_layer():
         rf.tensorize_(nn.Sequential(nn.LSTM(6, 8, proj_size=4)), rf.TT(3))
     with pytest.raises(RuntimeError, match="Expected hidden"):
         rf.nn.GRU(6, 8, format=rf.TT(3))(torch.randn(4, 3, 6), torch.randn(1, 2, 8))
+
+
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS)
+def test_second_derivatives_are_refused_where_they_would_be_left_out(ours, theirs):
+    layer, x = ours(64, 32, format=rf.TT(1)), torch.randn(8, 2, 64, requires_grad=True)
+    assert layer._steps_are_own(x, None)
+    with pytest.raises(RuntimeError, match=r"no second derivatives on a CPU, .*rf.export\(model, dense=True\)"):
+        torch.autograd.grad(layer(x)[0].sum(), x, create_graph=True)
+    plain = rf.export(nn.Sequential(layer).eval(), dense=True)[0]
+    (gradient,) = torch.autograd.grad(plain(x)[0].sum(), x, create_graph=True)
+    assert bool(torch.autograd.grad(gradient.square().sum(), x)[0].any())
+
+
+@pytest.mark.parametrize("format", [rf.TT(1), rf.TTM(9)], ids=["own steps", "torch's"])
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS)
+def test_functional_call_takes_plain_tensors(ours, theirs, format):
+    layer, x = ours(6, 8, format=format).eval(), torch.randn(3, 2, 6)
+    values = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+    assert torch.equal(torch.func.functional_call(layer, values, (x,))[0], layer(x)[0])

@@ -257,6 +257,13 @@ def test_shared_with_embedding_can_be_left_out_as_the_error_says():
     assert set(rf.ranks(model)) == {"other"}
 
 
+def test_a_weight_can_be_asked_for_its_type_and_place():
+    """As forward passes of others do before they call a layer: pixels.to(dtype=self.patches.weight.dtype)."""
+    layer = rf.tensorize_(nn.Sequential(nn.Conv2d(4, 6, 2, dtype=torch.float64)), rf.CP(2))[0]
+    assert (layer.weight.dtype, layer.weight.device) == (torch.float64, torch.device("cpu"))
+    assert layer(input=torch.ones(1, 4, 3, 3).to(layer.weight.dtype)).shape == (1, 6, 2, 2)
+
+
 class Conv1D(nn.Module):
     """Stands for the layer of that name in Hugging Face transformers: y = x @ W + b."""
 

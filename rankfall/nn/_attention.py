@@ -238,7 +238,7 @@ class MultiheadAttention(Formed):
     def _project(self, weight: str, bias: str, x: Tensor) -> Tensor:
         tensor = self.get_submodule(weight)
         assert isinstance(tensor, LowRankTensor)
-        return tensor.linear(x, self.get_parameter(bias) if bias in self._others else None)
+        return tensor.linear(x, self._parameter(bias) if bias in self._others else None)
 
     def merge_masks(self, *masks: Any) -> Any:  # noqa: ANN401  torch's helper of its transformer layers
         """What torch's method of that name gives."""

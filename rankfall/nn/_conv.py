@@ -128,19 +128,19 @@ class _Conv(nn.Module):
             sides = tuple((n, n) for n in self.padding)
         return Geometry(self.stride, sides, self.dilation, self.groups, self.padding_mode)
 
-    def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """The convolution of x, shape (batch, in_channels, *spatial) or (in_channels, *spatial)."""
+    def forward(self, input: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """The convolution of the input, shape (batch, in_channels, *spatial) or (in_channels, *spatial)."""
         dims = len(self.stride)
-        if x.dim() not in (dims + 1, dims + 2) or x.shape[-dims - 1] != self.in_channels:
+        if input.dim() not in (dims + 1, dims + 2) or input.shape[-dims - 1] != self.in_channels:
             where = repr(self.weight.path) if self.weight.path else type(self).__name__
             spatial = ", ".join("length" if dims == 1 else f"size{k + 1}" for k in range(dims))
             raise ValueError(
-                f"{where} has in_channels={self.in_channels}, but the input has shape {tuple(x.shape)}. "
+                f"{where} has in_channels={self.in_channels}, but the input has shape {tuple(input.shape)}. "
                 f"Give it the shape (batch, {self.in_channels}, {spatial})."
             )
-        batched = x if x.dim() == dims + 2 else x.unsqueeze(0)
+        batched = input if input.dim() == dims + 2 else input.unsqueeze(0)
         y = convolve(self.weight.layout, self.weight.drawn(), batched, self.geometry)
-        y = y if x.dim() == dims + 2 else y.squeeze(0)
+        y = y if input.dim() == dims + 2 else y.squeeze(0)
         # Under autocast y has the narrow type, which the bias must not widen again.
         return y if self.bias is None else y + self.bias.to(y.dtype).reshape(-1, *[1] * dims)
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Embeddings: rows of a low-rank table, alone or reduced over bags."""
 
-from typing import Literal, TypeAlias
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -11,8 +12,9 @@ from rankfall._formats import Format
 from rankfall._lookup import read
 from rankfall._posteriors import Posterior
 from rankfall._priors import Prior
-from rankfall._rows import Bags, may_look_at
+from rankfall._rows import Bags
 from rankfall._tensor import LowRankTensor
+from rankfall.nn._ids import check_ids, check_offsets, check_weights, left
 
 _Device: TypeAlias = torch.device | str | None
 INITIAL_STD = 1.0
@@ -39,7 +41,7 @@ class Embedding(nn.Module):
         num_embeddings: Number of rows. Any number: a prime is padded, and ids of padded rows are refused.
         embedding_dim: Width of a row.
         padding_idx: An id whose row is zeros and learns nothing. (W itself has no row of its own to hold at zero, so
-            weight.dense() has other numbers there.)
+            weight.dense() has other numbers there.) A layer made of a dense one has the row of that.
         format: rf.CP, rf.Tucker, rf.TT, rf.TTM or rf.TR.
         prior: The hyperprior of the prior scales, rf.HalfCauchy() by default.
         posterior: rf.MeanField() by default, or rf.Point().
@@ -53,7 +55,10 @@ class Embedding(nn.Module):
 
     Attributes:
         weight: The rf.LowRankTensor.
+        padding_row: What `padding_idx` reads, shape (embedding_dim,); None for zeros.
     """
+
+    padding_row: Tensor | None
 
     def __init__(
         self,
@@ -70,6 +75,7 @@ class Embedding(nn.Module):
         super().__init__()
         self.padding_idx = _checked_padding(padding_idx, num_embeddings)
         self.weight = _table(num_embeddings, embedding_dim, format, prior, posterior, device, dtype)
+        self._has_padding_row()
         _becomes_table(self.weight, self.padding_idx)
 
     @classmethod
@@ -92,7 +98,9 @@ class Embedding(nn.Module):
             ValueError: If `module` has max_norm or scale_grad_by_freq, which act on rows of their own.
         """
         check_rows_are_plain(module)
-        return cls.around(LowRankTensor.from_dense(module.weight, format, prior=prior, posterior=posterior), module)
+        self = cls.around(LowRankTensor.from_dense(module.weight, format, prior=prior, posterior=posterior), module)
+        self.keep_padding_of(module)
+        return self
 
     @classmethod
     def around(cls, weight: LowRankTensor, module: nn.Embedding) -> "Embedding":
@@ -109,8 +117,18 @@ class Embedding(nn.Module):
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         self.padding_idx, self.weight = module.padding_idx, weight
+        self._has_padding_row()
         _becomes_table(weight, module.padding_idx)
         return self
+
+    def _has_padding_row(self) -> None:
+        self.register_buffer("padding_row", None)
+        self.register_load_state_dict_pre_hook(_expect_padding_row)
+
+    def keep_padding_of(self, module: nn.Embedding) -> None:
+        """From now on the row of padding is that of a dense table, which may have learned it as an output layer's."""
+        row = None if self.padding_idx is None else module.weight[self.padding_idx].detach().clone()
+        self.padding_row = row if row is not None and bool(row.any()) else None
 
     @property
     def num_embeddings(self) -> int:
@@ -124,13 +142,17 @@ class Embedding(nn.Module):
 
     def forward(self, input: Int[Tensor, "*ids"]) -> Float[Tensor, "*ids embedding_dim"]:
         """The rows of the ids."""
-        _check_ids(self.weight, input, "Embedding")
-        ids, gone = _left(self.weight, input)
+        check_ids(self.weight, input, "Embedding")
+        ids, gone = left(self.weight, input)
         rows = read(self.weight.layout, self.weight.drawn(), ids)
         if self.padding_idx is not None:
             rows = rows.without(self.padding_idx)
         rows = rows.with_zeros(gone)
-        return rows.widened(rows.taken())
+        # As torch has it, the narrow type of autocast ends at the table.
+        read_rows = rows.widened(rows.taken()).to(self.weight.dtype)
+        if self.padding_row is None:
+            return read_rows
+        return torch.where((input == self.padding_idx).unsqueeze(-1), self.padding_row, read_rows)
 
     def __repr__(self) -> str:
         padding = "" if self.padding_idx is None else f"padding_idx={self.padding_idx}, "
@@ -162,7 +184,8 @@ class EmbeddingBag(nn.Module):
 
     Raises:
         ValueError: If the format cannot take the shape, `mode` is another, or `padding_idx` is no row; in forward, if
-            ids are no integers, or offsets do not rise from 0 to the number of ids at most.
+            ids are no integers, offsets do not rise from 0 to the number of ids at most, or weights have another shape.
+        NotImplementedError: In forward, if there are weights and the mode is not "sum".
         IndexError: In forward, if an id is no row. In a compiled graph that is a RuntimeError, and a GPU stops, as it
             does for torch's own.
 
@@ -257,16 +280,24 @@ class EmbeddingBag(nn.Module):
             offsets: Where each bag begins in a one-dimensional `input`.
             per_sample_weights: A weight for each id, of the shape of `input`, with mode "sum".
         """
-        _check_offsets(self.weight, input, offsets, self.include_last_offset)
-        _check_ids(self.weight, input, "EmbeddingBag")
+        check_offsets(self.weight, input, offsets, self.include_last_offset)
+        check_weights(self.weight, self.mode, input, per_sample_weights)
+        check_ids(self.weight, input, "EmbeddingBag")
         bags = len(input if offsets is None else offsets)
-        ids, gone = _left(self.weight, input)
+        ids, gone = left(self.weight, input)
         rows = read(self.weight.layout, self.weight.drawn(), ids, bags).with_zeros(gone)
         how = Bags(offsets, self.include_last_offset, self.mode, self.padding_idx, per_sample_weights)
-        return rows.widened(rows.reduced(how))
+        return rows.widened(rows.reduced(how)).to(self.weight.dtype)
 
     def __repr__(self) -> str:
         return f"EmbeddingBag({self.num_embeddings}, {self.embedding_dim}, {self.mode!r}, {self.weight.describe()})"
+
+
+def _expect_padding_row(layer: nn.Module, state: Mapping[str, Any], prefix: str, *_: object) -> None:
+    """Makes room for a row of padding, or forgets it, as the incoming state has one."""
+    assert isinstance(layer, Embedding)
+    is_there = f"{prefix}padding_row" in state
+    layer.padding_row = layer.weight.factors[0].new_zeros(layer.embedding_dim) if is_there else None
 
 
 def check_rows_are_plain(module: nn.Embedding | nn.EmbeddingBag) -> None:
@@ -311,13 +342,6 @@ def _becomes_table(weight: LowRankTensor, padding_idx: int | None) -> None:
     weight.keeps_all_rows |= padding_idx not in (None, 0)
 
 
-def _left(weight: LowRankTensor, ids: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Ids of rows that are left, and which ids stood for one that is gone; None if all rows are there."""
-    if weight.rows == weight.shape[0]:
-        return ids, None
-    return ids.clamp(max=weight.rows - 1), ids >= weight.rows
-
-
 def _checked_padding(padding_idx: int | None, rows: int) -> int | None:
     if padding_idx is None:
         return None
@@ -332,50 +356,3 @@ def _checked_mode(mode: str) -> Literal["mean", "sum"]:
             f"mode must be 'mean' or 'sum', got {mode!r}. Use rf.nn.Embedding and reduce its rows yourself."
         )
     return mode  # pyright: ignore[reportReturnType]
-
-
-def _named(weight: LowRankTensor, kind: str) -> str:
-    return repr(weight.path) if weight.path else kind
-
-
-def _check_ids(weight: LowRankTensor, ids: Tensor, kind: str) -> None:
-    if ids.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"{_named(weight, kind)} takes ids of type int64 or int32, got {ids.dtype}. Call ids.long().")
-    if not ids.numel():
-        return
-    if not may_look_at(ids):
-        # As torch has it on a device, where an error with the ids in it would have to be waited for.
-        inside = ids.clamp(0, weight.shape[0] - 1).eq(ids).all()
-        message = f"{_named(weight, kind)} has {weight.shape[0]} rows, and an id is none of them."
-        torch._assert_async(inside, message)  # pyright: ignore[reportPrivateImportUsage]
-        return
-    low, high = (int(bound) for bound in ids.aminmax())
-    if low < 0 or high >= weight.shape[0]:
-        raise IndexError(
-            f"{_named(weight, kind)} has {weight.shape[0]} rows, but ids go from {low} to {high}. "
-            "Make the table as large as the vocabulary, or map unknown ids to one of its rows."
-        )
-
-
-def _check_offsets(weight: LowRankTensor, ids: Tensor, offsets: Tensor | None, with_last: bool) -> None:
-    name = _named(weight, "EmbeddingBag")
-    if ids.dim() not in (1, 2):
-        raise ValueError(f"{name} takes ids of shape (n,) or (bags, n), got {tuple(ids.shape)}.")
-    if (offsets is None) != (ids.dim() == 2):
-        what = (
-            "needs offsets: where each bag begins" if ids.dim() == 1 else "has bags of one size, so leave out offsets"
-        )
-        raise ValueError(f"{name}: ids of shape {tuple(ids.shape)}: {what}.")
-    if offsets is None:
-        return
-    if offsets.dim() != 1 or offsets.dtype not in (torch.int64, torch.int32) or (with_last and not len(offsets)):
-        raise ValueError(
-            f"{name}: offsets must be integers of shape (bags,), got {offsets.dtype} {tuple(offsets.shape)}."
-        )
-    if not may_look_at(offsets) or not len(offsets):
-        return  # Nor does torch look at them on a device.
-    if int(offsets[0]) != 0 or int(offsets[-1]) > len(ids) or bool((offsets.diff() < 0).any()):
-        raise ValueError(
-            f"{name}: offsets must begin with 0, never fall, and end at {len(ids)} ids at most, "
-            f"got {', '.join(map(str, offsets[:8].tolist()))}{', ...' if len(offsets) > 8 else ''}."
-        )

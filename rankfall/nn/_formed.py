@@ -4,6 +4,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ class Formed(nn.Module):
     def _run(self, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401  what torch's forward takes and gives
         like = self.like
         like.train(self.training)
-        values: dict[str, Tensor] = {name: self.get_parameter(name) for name in self._others}
+        values: dict[str, Tensor] = {name: self._parameter(name) for name in self._others}
         for name in self._weights:
             tensor = self.get_submodule(name)
             assert isinstance(tensor, LowRankTensor)
@@ -66,6 +67,11 @@ class Formed(nn.Module):
             for name, parameter in own.items():
                 path, _, leaf = name.rpartition(".")
                 setattr(like.get_submodule(path), leaf, parameter)
+
+    def _parameter(self, name: str) -> Tensor:
+        """A parameter, or the plain tensor that stands in its place inside torch.func.functional_call."""
+        value: Tensor = attrgetter(name)(self)
+        return value
 
     def _extra_lines(self) -> str:
         return "".join(f"\n  {name}: {self.get_submodule(name).describe()}" for name in self._weights)  # pyright: ignore

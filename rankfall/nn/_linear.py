@@ -105,9 +105,9 @@ class Linear(nn.Module):
         self.weight, self.bias = weight, bias
         return self
 
-    def forward(self, x: Float[Tensor, "*batch in_features"]) -> Float[Tensor, "*batch out_features"]:
-        """Computes x @ W.T + bias."""
-        return self.weight.linear(x, self.bias)
+    def forward(self, input: Float[Tensor, "*batch in_features"]) -> Float[Tensor, "*batch out_features"]:
+        """Computes input @ W.T + bias."""
+        return self.weight.linear(input, self.bias)
 
     def __repr__(self) -> str:
         return (

@@ -177,7 +177,7 @@ class _Recurrent(Formed):
             return False
         if not data.numel() or data.dim() not in ((2,) if isinstance(input, PackedSequence) else (2, 3)):
             return False
-        own = self.get_parameter("weight_hh_l0.factors.0").dtype
+        own = self._tensor("weight_hh_l0").dtype
         states = () if hx is None else hx if isinstance(hx, tuple) else (hx,)
         shape, count = self._states_shape(input), 2 if self._dense is nn.LSTM else 1
         fit = all(isinstance(s, Tensor) and s.shape == shape and s.dtype == own for s in states)
@@ -257,7 +257,7 @@ class _Recurrent(Formed):
         raise NotImplementedError
 
     def _bias(self, name: str) -> Tensor | None:
-        return self.get_parameter(f"bias{name}") if self.like.bias else None
+        return self._parameter(f"bias{name}") if self.like.bias else None
 
     def _tensor(self, name: str) -> LowRankTensor:
         tensor = self.get_submodule(name)
