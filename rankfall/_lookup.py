@@ -2,18 +2,15 @@
 """Rows of a low-rank matrix: what an embedding computes; the table is formed only where that is cheaper."""
 
 import math
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from rankfall import _contract
+from rankfall._chain import APART, Joined, chain_rows, is_chain_of_matrices, parts_of
 from rankfall._contract import NARROW, Halves, cut_at, effort_of_mixed, halves, matrices, mixed, part_plan
 from rankfall._einsum import (
     Axes,
@@ -23,7 +20,6 @@ from rankfall._einsum import (
     cost_of,
     plan,
     planned_once,
-    power_of_two,
     rounded,
     run,
     shapes_of,
@@ -64,9 +60,15 @@ def lookup_plan(layout: Layout, shapes: Shapes, rows: int) -> Plan:
 
 def _row_plan(layout: Layout, shapes: Shapes, rows: int, which: Sequence[int], kept: Axes) -> Plan:
     """The order for some of the factors, whose rows have the axes `kept`."""
+    return _order(layout, shapes, rows, [layout.factors[k] for k in which], kept)
+
+
+def _order(layout: Layout, shapes: Shapes, rows: int, factors: Sequence[Axes], kept: Axes) -> Plan:
+    """The same for factors with these axes."""
     row_modes = set(layout.axes[0])
-    inputs = tuple(tuple(_ROW if n in row_modes else n for n in layout.factors[k]) for k in which)
-    inputs = tuple(tuple(sorted(axes, key=lambda name: name != _ROW)) for axes in inputs)
+    inputs = tuple(
+        (_ROW, *(n for n in axes if n not in row_modes)) if row_modes & set(axes) else axes for axes in factors
+    )
     used = {n for axes in inputs for n in axes}
     sizes = layout.mode_sizes | layout.ranks(shapes) | {_ROW: rounded(rows)}
     return plan(inputs, (_ROW, *kept), tuple((n, size) for n, size in sizes.items() if n in used))
@@ -81,16 +83,21 @@ class Reading:
         pair: If rows of the first of two thin matrices are read, and multiplied by the second after that: those two.
         bond: For a TT-matrix whose table is formed, the bond at which it is done in two parts.
         cost: Time, in floating-point operations.
+        joined: For a TT-matrix whose rows are read, how many of its first factors are contracted to one beforehand, and
+            how many of the last: with fewer rows than are wanted, that is cheaper once than for each.
     """
 
     forms_table: bool
     pair: Halves | None
     bond: int
     cost: int
+    joined: Joined = APART
 
     def described(self) -> str:
         """The way in words."""
         read = "a table of all rows" if self.forms_table else "the distinct rows"
+        if self.joined != APART:
+            read += " of joined factors"
         return read if self.pair is None else f"{read} of one half, times the other"
 
 
@@ -113,7 +120,9 @@ def readings(layout: Layout, shapes: Shapes, ids: int, outputs: int) -> list[Rea
     distinct = min(ids, rows)
     found: list[Reading] = []
 
-    def consider(forms: bool, pair: Halves | None, bond: int, before: Plan, row_width: int) -> None:
+    def consider(
+        forms: bool, pair: Halves | None, bond: int, before: Plan, row_width: int, joined: Joined = APART
+    ) -> None:
         # Read and written by each id; then, row by row or after the reduction, widened by a product.
         flops, elements = before.flops, before.elements + 2 * ids * row_width
         if not forms:
@@ -121,7 +130,7 @@ def readings(layout: Layout, shapes: Shapes, ids: int, outputs: int) -> list[Rea
         if pair is not None:
             flops += 2 * outputs * (row_width + NARROW) * width
             elements += outputs * (row_width + width)
-        found.append(Reading(forms, pair, bond, cost_of(flops, elements)))
+        found.append(Reading(forms, pair, bond, cost_of(flops, elements), joined))
 
     everything = tuple(range(len(layout.factors)))
     thin = halves(layout, shapes)
@@ -135,7 +144,37 @@ def readings(layout: Layout, shapes: Shapes, ids: int, outputs: int) -> list[Rea
         consider(True, thin, 0, part, rank)
         consider(False, thin, 0, _row_plan(layout, shapes, distinct, thin.first, thin.joint), rank)
     consider(False, None, 0, _row_plan(layout, shapes, distinct, everything, layout.axes[1]), width)
+    for joined in _joinable(layout, distinct):
+        consider(False, None, 0, _plan_of_joined(layout, shapes, distinct, joined), width, joined)
     return found
+
+
+def _joinable(layout: Layout, rows: int) -> Iterator[Joined]:
+    """The ends of a TT-matrix that have far fewer rows than are wanted."""
+    count = len(layout.factors)
+    if not is_chain_of_matrices(layout):
+        return
+    for first in range(1, count):
+        for last in range(1, count - first + 1):
+            head, *_, tail = parts_of(count, (first, last))
+            modes = [math.prod(layout.modes[0][part.start : part.stop]) for part in (head, tail) if len(part) > 1]
+            if modes and 2 * max(modes) <= rows:
+                yield first, last
+
+
+def _plan_of_joined(layout: Layout, shapes: Shapes, rows: int, joined: Joined) -> Plan:
+    """What the ends cost, and rows of what is a shorter chain then."""
+    flops = elements = 0
+    factors: list[Axes] = []
+    for part in parts_of(len(layout.factors), joined):
+        taken = layout.factors[part.start : part.stop]
+        names = [name for axes in taken for name in axes]
+        factors.append(tuple(name for name in names if names.count(name) == 1))
+        if len(part) > 1:
+            made = part_plan(layout, shapes, part, factors[-1])
+            flops, elements = flops + made.flops, elements + made.elements
+    row = _order(layout, shapes, rows, factors, layout.axes[1])
+    return Plan((), flops + row.flops, elements + row.elements)
 
 
 def _table_by_cut(layout: Layout, shapes: Shapes, bond: int) -> Plan:
@@ -182,9 +221,9 @@ def read_by(way: Reading, layout: Layout, factors: Sequence[Tensor], ids: Int[Te
     which = tuple(range(len(factors))) if way.pair is None else way.pair.first
     kept = layout.axes[1] if way.pair is None else way.pair.joint
     if not may_look_at(ids):
-        return OwnRows(_rows_of(layout, factors, ids.flatten(), which, kept), ids, after)
+        return OwnRows(_rows_of(layout, factors, ids.flatten(), which, kept, way.joined), ids, after)
     distinct, places = _distinct(ids)
-    return TableRows(_rows_of(layout, factors, distinct, which, kept), places, after, distinct)
+    return TableRows(_rows_of(layout, factors, distinct, which, kept, way.joined), places, after, distinct)
 
 
 def _distinct(ids: Int[Tensor, "*ids"]) -> tuple[Int[Tensor, " n"], Int[Tensor, "*ids"]]:
@@ -210,12 +249,17 @@ def _cut_table(layout: Layout, factors: Sequence[Tensor], bond: int) -> tuple[Te
 
 
 def _rows_of(
-    layout: Layout, factors: Sequence[Tensor], rows: Int[Tensor, " n"], which: Sequence[int], kept: Axes
+    layout: Layout,
+    factors: Sequence[Tensor],
+    rows: Int[Tensor, " n"],
+    which: Sequence[int],
+    kept: Axes,
+    joined: Joined,
 ) -> Float[Tensor, "n width"]:
     """Rows of what some of the factors stand for: each factor at its digit, then a batch of small contractions."""
     digit = dict(zip(layout.axes[0], digits(rows, layout.modes[0]), strict=True))
     if kept == layout.axes[1] and is_chain_of_matrices(layout):
-        return _chain_rows(layout, factors, list(digit.values()))
+        return chain_rows(layout, factors, list(digit.values()), joined)
     taken = []
     for k in which:
         factor, axes = factors[k], layout.factors[k]
@@ -225,96 +269,3 @@ def _rows_of(
     found = run(steps, taken).flatten(1)
     width = layout.shape[1]
     return found[:, :width] if kept == layout.axes[1] and found.shape[1] > width else found
-
-
-def is_chain_of_matrices(layout: Layout) -> bool:
-    """Whether every factor has one mode of each axis between its bonds, as a TT-matrix has."""
-    pairs = list(zip(*layout.axes, strict=False))
-    inside = [tuple(n for n in axes if n not in layout.bonds) for axes in layout.factors]
-    return len(layout.axes) == 2 and len(layout.axes[0]) == len(layout.axes[1]) and inside == pairs
-
-
-def _chain_rows(
-    layout: Layout, factors: Sequence[Tensor], digit: Sequence[Int[Tensor, " n"]]
-) -> Float[Tensor, "n width"]:
-    """Rows of a TT-matrix from left to right: a row so far is (width so far x rank), and each factor widens it."""
-    first, *others = factors
-    rows, width = first.index_select(0, digit[0]), first.shape[1]
-    for factor, of_row in zip(others, digit[1:], strict=True):
-        # (rank before, rows, width, rank after) to (rows, rank before, width x rank after); the last has no bond after.
-        matrices = factor.movedim(1, 0).flatten(2)
-        width *= factor.shape[2]
-        rows = _times_own(rows, matrices, of_row).reshape(len(rows), width, *factor.shape[3:])
-    return rows[:, : layout.shape[1]]
-
-
-@cache
-def _has_kernels(device: torch.device) -> bool:
-    """Whether Triton is there, and does on the device what torch.bmm does: NVIDIA's from Volta on, and AMD's."""
-    if device.type != "cuda" or find_spec("triton") is None or torch.cuda.get_device_capability(device) < (7, 0):
-        return False
-    from rankfall._kernels import try_on  # noqa: PLC0415  Triton is loaded where it runs.
-
-    try:
-        try_on(device)
-    except Exception as error:
-        message = f"Triton's kernels do not run on {device} ({error}), so rows of tables are read by torch.bmm."
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
-        return False
-    return True
-
-
-_TOGETHER, _MOST_TOGETHER = 4, 16
-_FAST_FROM = 400  # Multiplications of one product, as torch has it in LinearAlgebra.cpp.
-_LARGE_SLICE = 512  # Entries of a matrix beyond which it pays to read it once for several rows.
-
-
-def _times_own(
-    left: Float[Tensor, "n p q"], matrices: Float[Tensor, "m q s"], which: Int[Tensor, " n"]
-) -> Float[Tensor, "n p s"]:
-    """left[k] @ matrices[which[k]]: those with the same matrix are multiplied together, a few at a time.
-
-    That makes one product of several small ones, and reads and adds to a matrix once for all of them. On a GPU a kernel
-    reads each matrix where it stands, unless its gradients, added up in any order, must be the same every time.
-    """
-    as_ever = torch.compiler.is_compiling() or torch.are_deterministic_algorithms_enabled()
-    if not as_ever and _has_kernels(left.device):
-        from rankfall._kernels import own_products  # noqa: PLC0415  Triton is loaded where it runs.
-
-        return own_products(left, matrices, which)
-    count, p, q = left.shape
-    each, size = count // len(matrices), q * matrices.shape[2]
-    if each < 2 or size < _LARGE_SLICE or not may_look_at(which):
-        # A GPU has no such loop, and in a graph sizes may be symbols.
-        missing = _missing(p, q, matrices.shape[2]) if may_look_at(which) else 0
-        if missing:
-            left, matrices = F.pad(left, (0, missing)), F.pad(matrices, (0, 0, 0, missing))
-        return torch.bmm(left, matrices.index_select(0, which))
-    together = min(max(power_of_two(each), _TOGETHER), _MOST_TOGETHER)
-    place, owner = _seats(which, len(matrices), together)
-    seats = left.new_zeros(len(owner) * together, p * q).index_copy(0, place, left.reshape(count, p * q))
-    products = torch.bmm(seats.view(len(owner), together * p, q), matrices.index_select(0, owner))
-    s = matrices.shape[2]
-    return products.view(len(owner) * together, p * s).index_select(0, place).view(count, p, s)
-
-
-def _missing(p: int, q: int, s: int) -> int:
-    """How many zeros fill up the inner side of small products so that torch.bmm takes its fast way with them, if few.
-
-    On a CPU it multiplies matrices with fewer than 400 multiplications by a plain loop: 16 x 3 by 3 x 8 takes 0.39
-    microseconds, and 16 x 4 by 4 x 8 takes 0.09.
-    """
-    wanted = -(-_FAST_FROM // max(p * s, 1))
-    return wanted - q if q < wanted <= 2 * q else 0
-
-
-def _seats(which: Int[Tensor, " n"], groups: int, together: int) -> tuple[Int[Tensor, " n"], Int[Tensor, " tables"]]:
-    """Seats at tables of `together`, each of one group: the seat of every member, and the group of every table."""
-    order = which.argsort()
-    sorted_ = which[order]
-    sizes = torch.bincount(which, minlength=groups)
-    tables = torch.div(sizes + together - 1, together, rounding_mode="floor")
-    within = torch.arange(len(which), device=which.device) - (sizes.cumsum(0) - sizes)[sorted_]
-    place = torch.empty_like(order)
-    place[order] = (tables.cumsum(0) - tables)[sorted_] * together + within
-    return place, torch.repeat_interleave(torch.arange(groups, device=which.device), tables)

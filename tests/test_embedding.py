@@ -13,7 +13,7 @@ from torch import nn
 
 import rankfall as rf
 from laws import close, drawn, make, naive_dense
-from rankfall import _lookup, _rows
+from rankfall import _chain, _lookup, _rows
 from rankfall._einsum import shapes_of
 from rankfall._lookup import digits, reading, readings
 
@@ -46,7 +46,8 @@ def as_on_a_gpu(request, monkeypatch):
     def reading_rows(*sizes):
         return min((way for way in readings(*sizes) if not way.forms_table), key=lambda way: way.cost)
 
-    monkeypatch.setattr(_lookup, "may_look_at", lambda _: False)
+    for module in (_lookup, _chain):
+        monkeypatch.setattr(module, "may_look_at", lambda _: False)
     monkeypatch.setattr(_lookup, "reading", reading_rows)
 
 
@@ -87,7 +88,8 @@ def test_rows_do_not_depend_on_the_number_of_threads(kind, threads, monkeypatch)
 @pytest.mark.parametrize("looks", [True, False])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_all_ways_give_the_same_rows_and_bags(kind, shape, looks, monkeypatch):
-    monkeypatch.setattr(_lookup, "may_look_at", lambda _: looks)
+    for module in (_lookup, _chain):
+        monkeypatch.setattr(module, "may_look_at", lambda _: looks)
     t = make(kind(3), shape)
     ids = torch.randint(shape[0], (40,))
     ways = readings(t.layout, shapes_of(t.factors), 40, 40)
@@ -118,7 +120,7 @@ def test_small_products_are_filled_up_to_where_torch_is_fast(p, q, s, filled, mo
     monkeypatch.setattr(torch, "bmm", lambda a, b: inner.append(b.shape[1]) or bmm(a, b))
     left = torch.randn(9, p, q, dtype=torch.float64, requires_grad=True)
     matrices, which = torch.randn(5, q, s, dtype=torch.float64, requires_grad=True), torch.arange(9) % 4
-    found, wanted = _lookup._times_own(left, matrices, which), left @ matrices[which]
+    found, wanted = _chain._times_own(left, matrices, which), left @ matrices[which]
     assert inner == [filled]
     torch.testing.assert_close(found, wanted)
     direction = torch.randn_like(wanted)
@@ -192,22 +194,44 @@ def test_the_cheap_way_is_found(kind):
 
 @pytest.mark.parametrize("skewed", [False, True])
 def test_rows_that_share_a_matrix_are_multiplied_together(skewed, monkeypatch):
-    monkeypatch.setattr(_lookup, "_LARGE_SLICE", 1)
-    monkeypatch.setattr(_lookup, "rounded", lambda n: 4)
+    monkeypatch.setattr(_chain, "_LARGE_SLICE", 1)
+    monkeypatch.setattr(_chain, "power_of_two", lambda n: 4)
     t = make(rf.TTM(3, out_modes=(40, 3, 5), in_modes=(2, 2, 3)), (600, 12))
     seated = []
-    seats = _lookup._seats
-    monkeypatch.setattr(_lookup, "_seats", lambda *a: seated.append(a) or seats(*a))
+    seats = _chain._seats
+    monkeypatch.setattr(_chain, "_seats", lambda *a: seated.append(a) or seats(*a))
     monkeypatch.setattr(_lookup, "reading", lambda *_: _lookup.Reading(False, None, 0, 0))
     ids = torch.randint(600, (200,))
     check_rows(t, ids // 15 * 15 + 7 if skewed else ids)
     assert len(seated) >= 4
 
 
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("joined", [(1, 1), (2, 1), (1, 2), (2, 2), (3, 1), (1, 3)], ids=str)
+def test_the_ends_of_a_chain_may_be_joined(joined, rank, monkeypatch):
+    t = make(rf.TTM(3, out_modes=(3, 2, 4, 5), in_modes=(2, 1, 2, 3)), (113, 11))
+    t.keep_slices_("r2", torch.arange(rank))
+    monkeypatch.setattr(_lookup, "reading", lambda *_: _lookup.Reading(False, None, 0, 0, joined))
+    check_rows(t, torch.randint(113, (50,)))
+
+
+def test_ends_are_joined_where_they_have_few_rows():
+    """A hundred rows or ten thousand at an end, in place of a product for each of 65,536 ids."""
+    format = rf.TTM(16, out_modes=(100, 100, 100), in_modes=(4, 4, 4))
+    layout = format.layout((10**6, 64))
+    shapes = layout.factor_shapes({"r1": 16, "r2": 16})
+    many, few = (reading(layout, shapes, ids, ids) for ids in (65_536, 4096))
+    assert not many.forms_table
+    assert many.joined in ((2, 1), (1, 2))
+    assert few.joined == (1, 1)
+    assert many.described() == "the distinct rows of joined factors"
+
+
 @given(which=st.lists(st.integers(0, 6), max_size=40), together=st.integers(1, 8))
 def test_nobody_shares_a_seat_and_tables_are_of_one_group(which, together):
     which = torch.tensor(which, dtype=torch.int64)
-    place, owner = _lookup._seats(which, 7, together)
+    place, owner = _chain._seats(which, 7, together)
     assert len(place.unique()) == len(which)
     assert torch.equal(owner[place // together], which)
     assert len(owner) <= len(which)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import rankfall as rf
-from rankfall import _lookup
+from rankfall import _chain
 
 triton = pytest.importorskip("triton", reason="the kernels need Triton")
 
@@ -59,8 +59,8 @@ def test_a_gpu_on_which_kernels_do_not_run_is_served_by_torch(monkeypatch):
     with pytest.warns(
         RuntimeWarning, match=r"kernels do not run on cuda \(.+\), so rows of tables are read by torch.bmm"
     ):
-        assert not _lookup._has_kernels.__wrapped__(torch.device("cuda"))
-    assert not _lookup._has_kernels(torch.device("cpu"))
+        assert not _chain._has_kernels.__wrapped__(torch.device("cuda"))
+    assert not _chain._has_kernels(torch.device("cpu"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
