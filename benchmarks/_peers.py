@@ -11,8 +11,9 @@ import importlib
 import importlib.util
 import io
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import redirect_stdout
+from importlib.metadata import version
 
 import torch
 from torch import nn
@@ -21,6 +22,21 @@ import rankfall as rf
 
 Modes = tuple[int, ...]
 Make = Callable[[], nn.Module]
+
+
+def is_peer(rival: str) -> bool:
+    """Whether a rival of a case is another library's: neither dense nor rankfall, nor one of them as a graph."""
+    return not rival.startswith(("dense", "rankfall"))
+
+
+def packages(rivals: Iterable[str]) -> list[str]:
+    """The packages of the peers among rivals, whose names begin with that of the package."""
+    return list(dict.fromkeys(rival.partition(" ")[0] for rival in rivals if is_peer(rival)))
+
+
+def versions(rivals: Iterable[str]) -> dict[str, str]:
+    """The installed versions of these packages."""
+    return {package: version(package) for package in packages(rivals)}
 
 
 def linear_peers(kind: type[rf.TT], in_modes: Modes, out_modes: Modes, rank: int) -> Mapping[str, Make]:

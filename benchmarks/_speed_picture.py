@@ -4,6 +4,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from _peers import is_peer
 from matplotlib.figure import Figure
 
 
@@ -38,4 +39,4 @@ def draw(results: Sequence[dict], title: str, path: Path) -> None:
 def _time(ms: dict[str, float], name: str | None) -> float | None:
     if name is not None:
         return ms.get(name)
-    return min((t for rival, t in ms.items() if rival not in ("dense", "rankfall")), default=None)
+    return min((t for rival, t in ms.items() if is_peer(rival)), default=None)

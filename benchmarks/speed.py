@@ -11,7 +11,8 @@ not measured again. All rivals run with memory that stays with the process, as `
 page faults of large outputs hide the differences.
 Peak memory is that of a fresh process for each rival. On a GPU, where most of these steps wait for the host, the dense
 layer's and rankfall's are also replayed as CUDA graphs, and memory is what the allocator gave at its peak. Peers that
-are not installed are left out; _peers.py says how they are installed.
+are not installed are left out; _peers.py says how they are installed. The versions of the others stand above the table,
+and beside each case in the file.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from pathlib import Path
 import torch
 from _cases import Case, cases
 from _device import Step, add_device, captured, on_gpu, seconds, use_device
+from _peers import is_peer, packages, versions
 from _report import machine, table
 
 from rankfall._files import write_atomic
@@ -59,8 +61,8 @@ def main() -> None:
     done = {result["case"] for result in results}
     for name in [name for name in options.cases or known if name not in done]:
         case = known[name]
-        rivals = [r for r in case.make if not options.no_peers or r.startswith(("dense", "rankfall"))]
-        result = _timed(case, rivals, options.rounds)
+        rivals = [r for r in case.make if not (options.no_peers and is_peer(r))]
+        result = {"peers": versions(rivals), **_timed(case, rivals, options.rounds)}
         result["limit"] = 1e3 * max(case.limit[0] / flops, case.limit[1] / bandwidth)
         if not options.no_memory:
             result["memory"] = {r: _peak_on_gpu(case, r) if on_gpu() else _measured_peak(name, r) for r in rivals}
@@ -162,7 +164,7 @@ def _markdown(results: list[dict]) -> str:
     rows = []
     for result in results:
         ms, memory = result["ms"], result.get("memory", {})
-        peers = {r: t for r, t in ms.items() if not r.startswith(("dense", "rankfall"))}
+        peers = {r: t for r, t in ms.items() if is_peer(r)}
         best = min(peers, key=peers.__getitem__, default=None)
         rows.append(
             (
@@ -177,7 +179,18 @@ def _markdown(results: list[dict]) -> str:
         )
     graphs = ("dense as a graph, ms", "rankfall as a graph, ms", "of dense") if on_gpu() else ()
     beside = ("best peer, ms", "faster by", "limit, ms", "MB")
-    return table(("case", "dense, ms", "rankfall, ms", "of dense", *graphs, *beside), rows)
+    shown = table(("case", "dense, ms", "rankfall, ms", "of dense", *graphs, *beside), rows)
+    return f"{_caption(results)}\n\n{shown}"
+
+
+def _caption(results: list[dict]) -> str:
+    """The peers and their versions; what was measured on another day may have been of others."""
+    known = dict.fromkeys(
+        f"{package} {result.get('peers', {}).get(package, 'of an unknown version')}"
+        for result in results
+        for package in packages(result["ms"])
+    )
+    return f"Peers: {', '.join(known) or 'none'}."
 
 
 def _beside_dense(ms: dict[str, float], how: str) -> tuple[str, str, str]:

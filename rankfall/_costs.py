@@ -5,28 +5,32 @@ import copy
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from rankfall._conversions import conversion_of
-from rankfall._einsum import cost_of, rounded, shapes_of
+from rankfall._convolve import conv_plan
+from rankfall._einsum import BATCH, Plan, Shapes, cost_of, rounded, shapes_of
 from rankfall._formats import Format
-from rankfall._lookup import reading
+from rankfall._lookup import reading, readings
 from rankfall._machine import machine
-from rankfall._matmul import linear_way, linear_ways
+from rankfall._matmul import Way, linear_plan, linear_way, linear_ways
 from rankfall._summary import Summary, summary
 from rankfall._tensorize import tensorize_
-from rankfall.nn import Embedding, Linear
+from rankfall.nn import Conv1d, Conv2d, Conv3d, Embedding, EmbeddingBag, Linear
 
 _COPIES, _BYTES = 4, 4  # Adam keeps a parameter, its gradient and two moments, four bytes each in float32.
+_TIMES_WIDTH = 30  # Columns of what a layer and the dense one take.
 
 Example: TypeAlias = tuple[Any, ...]
+_Conv: TypeAlias = Conv1d | Conv2d | Conv3d
+_Planned: TypeAlias = Linear | Embedding | EmbeddingBag | _Conv
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,9 @@ class LayerCosts:
         path: Path of the layer.
         flops: Multiplications and additions of one batch, as they are planned.
         dense_flops: The same by the dense layer.
-        way: How it is done, for linear layers and embeddings: what their planners choose at these ranks.
-        seconds: What the planner expects its forward pass to take on this computer; None without a way.
+        way: How it is done, for linear layers, embeddings and convolutions: what their planners choose at these ranks.
+        seconds: What the planner expects its forward pass to take on this computer; None for convolutions, and without
+            a way.
         dense_seconds: The same of the dense layer.
     """
 
@@ -99,10 +104,12 @@ class Costs:
 
 def _line(layer: LayerCosts) -> str:
     counted = f"{layer.flops / 1e6:>10,.1f}  dense {layer.dense_flops / 1e6:>10,.1f}"
-    if layer.seconds is None or layer.dense_seconds is None:
+    if layer.way is None:
         return counted
-    times = f"{1e3 * layer.seconds:>8,.2f} ms  dense {1e3 * layer.dense_seconds:>8,.2f} ms"
-    return f"{counted}  {times}  {layer.way}"
+    times = ""
+    if layer.seconds is not None and layer.dense_seconds is not None:
+        times = f"{1e3 * layer.seconds:>8,.2f} ms  dense {1e3 * layer.dense_seconds:>8,.2f} ms"
+    return f"{counted}  {times:<{_TIMES_WIDTH}}  {layer.way}"
 
 
 def costs(model: nn.Module, format: Format, *, batch_size: int = 128, example: Example | None = None) -> Costs:
@@ -151,21 +158,22 @@ def _planned(model: nn.Module, batch_size: int) -> dict[str, int]:
     found = {}
     for path, layer in model.named_modules():
         if isinstance(layer, Linear):
-            shapes = shapes_of(layer.weight.factors)
-            found[path] = linear_way(layer.weight.layout, shapes, batch_size).flops
+            found[path] = _linear_way(layer, batch_size).flops
         elif type(layer) is nn.Linear:
             found[path] = 2 * batch_size * layer.in_features * layer.out_features
     return found
 
 
-_Chosen: TypeAlias = tuple[str, int, int]  # (what is done, its cost and that of the dense layer in operations)
+# (what is done, its cost and that of the dense layer in operations, None where a planner does not tell)
+_Chosen: TypeAlias = tuple[str, int | None, int | None]
 
 
 def _layer_costs(path: str, flops: int, dense_flops: int, chosen: _Chosen | None) -> LayerCosts:
     if chosen is None:
         return LayerCosts(path, flops, dense_flops)
-    way, cost, dense_cost = chosen
-    return LayerCosts(path, flops, dense_flops, way, cost / machine().flops, dense_cost / machine().flops)
+    way, *both = chosen
+    seconds, dense_seconds = (None if cost is None else cost / machine().flops for cost in both)
+    return LayerCosts(path, flops, dense_flops, way, seconds, dense_seconds)
 
 
 def _ways_of_rows(model: nn.Module, rows: int) -> dict[str, _Chosen]:
@@ -173,16 +181,17 @@ def _ways_of_rows(model: nn.Module, rows: int) -> dict[str, _Chosen]:
 
 
 def _ways_of_example(model: nn.Module, example: Example) -> dict[str, _Chosen]:
-    """What linear layers and embeddings choose for the inputs that reach them."""
+    """What linear layers, embeddings and convolutions choose for the inputs that reach them."""
     found: dict[str, _Chosen] = {}
 
-    def look(layer: nn.Module, inputs: Example, *, path: str) -> None:
-        if isinstance(layer, Linear):
-            found[path] = _of_linear(layer, math.prod(inputs[0].shape[:-1]))
-        elif isinstance(layer, Embedding):
-            found[path] = _of_embedding(layer, inputs[0].numel())
+    def look(layer: nn.Module, inputs: Example, named: dict[str, Any], *, path: str) -> None:
+        if isinstance(layer, _Planned):
+            found[path] = _of_input(layer, *inputs, **named)
 
-    handles = [layer.register_forward_pre_hook(partial(look, path=path)) for path, layer in model.named_modules()]
+    handles = [
+        layer.register_forward_pre_hook(partial(look, path=path), with_kwargs=True)
+        for path, layer in model.named_modules()
+    ]
     try:
         with torch.no_grad():
             model(*example)
@@ -192,19 +201,64 @@ def _ways_of_example(model: nn.Module, example: Example) -> dict[str, _Chosen]:
     return found
 
 
-def _of_linear(layer: Linear, rows: int) -> _Chosen:
+def _of_input(layer: _Planned, input: Tensor, offsets: Tensor | None = None, *_: object, **__: object) -> _Chosen:
+    """What a layer chooses for the arguments of its forward pass."""
+    if isinstance(layer, Linear):
+        return _of_linear(layer, math.prod(input.shape[:-1]))
+    if isinstance(layer, Embedding):
+        return _of_table(layer, input.numel(), input.numel())
+    if isinstance(layer, EmbeddingBag):
+        return _of_table(layer, input.numel(), len(input if offsets is None else offsets))
+    return _of_convolution(layer, input.numel() // layer.in_channels)
+
+
+def _linear_way(layer: Linear, rows: int) -> Way:
+    """The way is chosen for a rounded number of rows, as when the layer runs; it is counted for the true number."""
     layout, shapes = layer.weight.layout, shapes_of(layer.weight.factors)
     chosen = linear_way(layout, shapes, rounded(rows))
-    # Choices are made for a rounded number of rows; what this one costs is said for the true number.
-    way = next(w for w in linear_ways(layout, shapes, rows) if w.is_like(chosen))
-    out, width = layout.shape
-    return way.described(layout), way.cost, cost_of(2 * rows * out * width, out * width + rows * (out + width))
+    if chosen.kind != "steps":
+        return next(way for way in linear_ways(layout, shapes, rows) if way.is_like(chosen))
+    # The order of steps is planned for a rounded number whatever it is asked for.
+    plan = linear_plan(layout, shapes, rows)
+    flops, elements = _counted_in_steps(plan, ((rows, *layout.modes[1]), *shapes))
+    return replace(chosen, flops=flops, effort=flops, elements=chosen.elements * elements // plan.elements)
 
 
-def _of_embedding(layer: Embedding, ids: int) -> _Chosen:
+def _counted_in_steps(plan: Plan, shapes: Shapes) -> tuple[int, int]:
+    """Operations and elements of a plan, carried out on tensors of other sizes than it was made for."""
+    pending, flops, elements = list(shapes), 0, 0
+    for positions, equation in plan.steps:
+        names, kept = equation.replace(BATCH, ".").split("->")
+        taken = [dict(zip(axes, pending[k], strict=True)) for axes, k in zip(names.split(","), positions, strict=True)]
+        size = {name: n for tensor in taken for name, n in tensor.items()}
+        pending = [shape for k, shape in enumerate(pending) if k not in positions] + [tuple(size[n] for n in kept)]
+        flops += math.prod(size.values()) * (2 if len(size) > len(kept) else 1) if len(taken) > 1 else 0
+        elements += sum(math.prod(tensor.values()) for tensor in taken) + math.prod(pending[-1])
+    return flops, elements
+
+
+def _of_linear(layer: Linear, rows: int) -> _Chosen:
+    way, (out, width) = _linear_way(layer, rows), layer.weight.shape
+    dense_cost = cost_of(2 * rows * out * width, out * width + rows * (out + width))
+    return way.described(layer.weight.layout), way.cost, dense_cost
+
+
+def _of_table(layer: Embedding | EmbeddingBag, ids: int, outputs: int) -> _Chosen:
     layout, shapes = layer.weight.layout, shapes_of(layer.weight.factors)
-    way = reading(layout, shapes, rounded(ids), rounded(ids))
+    chosen = reading(layout, shapes, rounded(ids), rounded(outputs))
+    # As of linear layers: chosen for rounded numbers, counted for the true ones.
+    way = next(w for w in readings(layout, shapes, ids, outputs) if replace(w, cost=chosen.cost) == chosen)
     return way.described(), way.cost, cost_of(0, 2 * ids * layout.shape[1])
+
+
+def _of_convolution(layer: _Conv, points: int) -> _Chosen:
+    layout = layer.weight.layout
+    # Rounded as `convolve` rounds them. Its planner compares costs, but keeps none.
+    points_in = rounded(points)
+    points_out = rounded(points_in // math.prod(layer.stride))
+    plan = conv_plan(layout, tuple(layer.weight.ranks.items()), layer.groups, points_in, points_out)
+    maps = " and ".join(word for word, is_there in (("before", plan.maps_in), ("after", plan.maps_out)) if is_there)
+    return f"1 x 1 convolutions {maps} a small one" if maps else "by the formed kernel", None, None
 
 
 def _counted(model: nn.Module, example: Example) -> Mapping[str, int]:

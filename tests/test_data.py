@@ -4,6 +4,7 @@
 import copy
 import lzma
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -110,18 +111,59 @@ def test_damaged_texts_name_the_file_and_the_place(tmp_path: Path):
     write_reviews(tmp_path)
     path = tmp_path / "imdb_train.csv.xz"
     whole = path.read_bytes()
-    path.write_bytes(whole[:-9])
-    with pytest.raises(ValueError, match=r"imdb_train.csv.xz is damaged before byte \d+: .*Get the file again"):
-        imdb.read_reviews(path)
-    path.write_bytes(lzma.compress(b"label,text\n1,fine\n7,what\n"))
-    with pytest.raises(ValueError, match=r"imdb_train.csv.xz is damaged at line 3: label '7' is not 0 or 1"):
-        imdb.read_reviews(path)
-    path.write_bytes(lzma.compress(b"a,b\n"))
-    with pytest.raises(ValueError, match=re.escape("has columns ['a', 'b'], but needs label and text")):
-        imdb.read_reviews(path)
+    for content, place in (
+        (whole[:-9], rf"at byte {len(whole) - 9}: the file ends there"),
+        (whole + b"more", rf"at byte {len(whole)}: its xz stream ends there, and the file goes on"),
+        (whole + whole, rf"at byte {len(whole)}: its xz stream ends there, and the file goes on"),
+        (whole[:-20] + bytes(8) + whole[-12:], r"before byte \d+: Corrupt input data"),
+        (b"", "at byte 0: the file ends there"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"^\S*imdb_train.csv.xz is damaged {place}.*\. Get the file again\.$"):
+            imdb.read_reviews(path)
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"no file .*imdb_train.csv.xz"):
         imdb.read_reviews(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"label,text\n1,fine\n7,what\n", "is damaged at line 3: label '7' is not 0 or 1"),
+        (b"a,b\n", "has columns ['a', 'b'], but needs label and text"),
+        (b"", "has columns [], but needs label and text"),
+        (b"label,text\n", "has columns, but no rows"),
+        (
+            b'label,text\n1,"a\nb"\n0,"bad\n1,good\n',
+            "is damaged in the row that begins at line 4: unexpected end of data",
+        ),
+        (b'label,text\n1,"good\n0,"bad"\n', "is damaged in the row that begins at line 2: ',' expected after '\"'"),
+        (b'label,text\n1,"' + b"long\n" * 30_000, "begins at line 2: field larger than field limit (131072)"),
+        (b"label,text\n1,fine\n0,bad,worse\n", "is damaged at line 3: 2 columns, but 3 values"),
+        (b"label,text\n1,fine\n0\n", "is damaged at line 3: 2 columns, but 1 values"),
+        (b"label,text\n1,fi\0ne\n", "is damaged at line 2: byte 0x00 belongs in no UTF-8 text"),
+        (b"label,text\n1,fine\n0,b\xe9te\n", "is damaged at line 3: byte 0xe9 belongs in no UTF-8 text"),
+    ],
+)
+def test_damaged_rows_name_the_file_and_the_line(tmp_path: Path, content, problem):
+    path = tmp_path / "imdb_train.csv.xz"
+    path.write_bytes(lzma.compress(content))
+    with pytest.raises(ValueError, match=r"^\S*imdb_train\.csv\.xz " + ".*" + re.escape(problem)) as raised:
+        imdb.read_reviews(path)
+    assert str(raised.value).endswith(". Get the file again.")
+    assert "\n" not in str(raised.value)
+
+
+def test_texts_are_not_said_to_be_longer_than_they_are_read(tmp_path: Path):
+    write_reviews(tmp_path)
+    options = TrainOptions("imdb", data_dir=tmp_path, length=513)
+    imdb._load.cache_clear()
+    with pytest.raises(
+        ValueError, match=r"^--length must be 512 tokens or fewer, got 513\. No more of a text is read\.$"
+    ):
+        _run.load_data(imdb.RECIPE, options)
+    assert _run.load_data(imdb.RECIPE, replace(options, length=512)).train[0].shape == (2, 512)
+    imdb._load.cache_clear()
 
 
 @pytest.mark.parametrize("recipe", [imdb.RECIPE, imdb.TRANSFORMER], ids=lambda r: r.name)

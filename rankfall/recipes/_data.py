@@ -60,9 +60,16 @@ class Data:
         return replace(self, train=_first(self.train, rows), test=_first(self.test, rows))
 
     def cut(self, length: int | None) -> "Data":
-        """Texts cut to so many tokens; None keeps them."""
+        """Texts cut to so many tokens; None keeps them.
+
+        Raises:
+            ValueError: If they are not so long.
+        """
         if length is None:
             return self
+        longest = self.train[0].shape[1] if isinstance(self.train, tuple) else length
+        if length > longest:
+            raise ValueError(f"--length must be {longest} tokens or fewer, got {length}. No more of a text is read.")
         return replace(self, train=_cut(self.train, length), test=_cut(self.test, length))
 
     @property

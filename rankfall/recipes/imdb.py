@@ -4,7 +4,8 @@
 import csv
 import io
 import lzma
-from collections.abc import Callable
+import reprlib
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,6 +20,7 @@ _VOCABULARY = 25_000
 _LONGEST = 512
 _PADDING_TOKEN, _UNKNOWN_TOKEN = "[PAD]", "[UNK]"
 _COLUMNS = ("label", "text")
+_PIECE = 2**16  # Bytes that are decompressed at a time: a damaged place is named to within as many.
 
 
 @lru_cache(maxsize=1)  # A comparison reads the same texts for every run.
@@ -46,34 +48,71 @@ def read_reviews(path: Path) -> tuple[list[str], list[int]]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged, or lacks a column.
+        ValueError: If it is damaged, lacks a column, or has no rows.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}. Pass --data-dir with imdb_train.csv.xz and imdb_test.csv.xz.")
-    reader = csv.DictReader(io.StringIO(_decompressed(path).decode("utf-8", errors="replace"), newline=""))
-    if not set(_COLUMNS) <= set(reader.fieldnames or ()):
-        raise ValueError(f"{path} has columns {reader.fieldnames}, but needs label and text. Get the file again.")
     texts, labels = [], []
-    for row in reader:
-        if row["label"] not in ("0", "1") or row["text"] is None:
-            raise ValueError(
-                f"{path} is damaged at line {reader.line_num}: label {row['label']!r} is not 0 or 1, or the text is "
-                "missing. Get the file again."
-            )
+    for line, row in _rows(path, _decoded(path, _decompressed(path))):
+        if row["label"] not in ("0", "1"):
+            raise _damaged(path, f"at line {line}", f"label {reprlib.repr(row['label'])} is not 0 or 1")
         texts.append(row["text"].replace("<br />", " "))
         labels.append(int(row["label"]))
+    if not texts:
+        raise ValueError(f"{path} has columns, but no rows. Get the file again.")
     return texts, labels
 
 
+def _damaged(path: Path, where: str, what: str) -> ValueError:
+    return ValueError(f"{path} is damaged {where}: {what}. Get the file again.")
+
+
+def _rows(path: Path, content: str) -> Iterator[tuple[int, dict[str, str]]]:
+    """The line at which each row begins, and its values by their columns."""
+    reader = csv.reader(io.StringIO(content, newline=""), strict=True)
+    line = 1
+    try:
+        columns = next(reader, [])
+        if not set(_COLUMNS) <= set(columns):
+            raise ValueError(
+                f"{path} has columns {reprlib.repr(columns)}, but needs label and text. Get the file again."
+            )
+        line = reader.line_num + 1
+        for values in reader:
+            if len(values) != len(columns):
+                raise _damaged(path, f"at line {line}", f"{len(columns)} columns, but {len(values)} values")
+            yield line, dict(zip(columns, values, strict=True))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        # A quote that is not closed is noticed long after the row that it stands in.
+        raise _damaged(path, f"in the row that begins at line {line}", str(error)) from error
+
+
+def _decoded(path: Path, content: bytes) -> str:
+    try:
+        text, place = content.decode(), content.find(b"\0")
+    except UnicodeDecodeError as error:
+        text, place = "", error.start
+    if place >= 0:
+        line = content.count(b"\n", 0, place) + 1
+        raise _damaged(path, f"at line {line}", f"byte {content[place]:#04x} belongs in no UTF-8 text")
+    return text
+
+
 def _decompressed(path: Path) -> bytes:
-    content = b""
-    with path.open("rb") as raw:
+    stream, pieces = lzma.LZMADecompressor(lzma.FORMAT_XZ), []
+    with path.open("rb") as packed:
         try:
-            with lzma.open(raw) as file:
-                content = file.read()
-        except (lzma.LZMAError, EOFError) as error:
-            raise ValueError(f"{path} is damaged before byte {raw.tell()}: {error} Get the file again.") from error
-    return content
+            while not stream.eof and (piece := packed.read(_PIECE)):
+                pieces.append(stream.decompress(piece))
+        except lzma.LZMAError as error:
+            raise _damaged(path, f"before byte {packed.tell()}", str(error)) from error
+        end = packed.tell() - len(stream.unused_data)
+    if not stream.eof:
+        raise _damaged(path, f"at byte {end}", "the file ends there, and its xz stream goes on")
+    if end < path.stat().st_size:
+        raise _damaged(path, f"at byte {end}", "its xz stream ends there, and the file goes on")
+    return b"".join(pieces)
 
 
 def make_tokenizer(texts: list[str], size: int) -> Tokenizer:
