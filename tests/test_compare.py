@@ -92,6 +92,14 @@ def test_second_call_trains_nothing_and_prints_the_table(whole: Path, monkeypatc
     assert "…" not in "".join(printed)
 
 
+def test_what_is_finished_needs_no_memory(whole: Path, monkeypatch):
+    shutil.copytree(whole, "all")
+    monkeypatch.setattr("rankfall.recipes._compare.obstacle", lambda *_: "it is too large.")
+    monkeypatch.setattr(_run, "_in_memory", None)
+    main(RUN)
+    assert content_of(Path("all")) == content_of(whole)
+
+
 def test_one_seed_has_no_spread(whole: Path, monkeypatch, capsys):
     shutil.copytree(whole, "all")
     monkeypatch.setattr(_run, "_fit", None)

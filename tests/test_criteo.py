@@ -1,19 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Click logs: their preparation against a reading in plain Python, made-up rows, and the model of the recipe."""
+"""Clicks: what is read of prepared rows, made-up rows, their figures, and the model of the recipe."""
 
-import gzip
 import json
-import lzma
-from collections import Counter
+import math
+import types
+from functools import partial
+from pathlib import Path
 
 import polars as pl
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 import rankfall as rf
 from criteo_files import click_lines
+from rankfall._processes import Processes
 from rankfall.cli import main
-from rankfall.recipes import _clicks, _prepare, criteo
+from rankfall.recipes import _clicks, _run, criteo
+from rankfall.recipes._data import Data
+from rankfall.recipes._folder import RunFolder
 from rankfall.recipes._metrics import click_figures
 from rankfall.recipes._options import TrainOptions
 from rankfall.recipes._prepare import PrepareOptions, prepare
@@ -23,125 +29,35 @@ from rankfall.recipes._run import build_model, load_data
 SIZES = (5, 1200, 17, *[3] * 23)
 
 
-def prepared(tmp_path, lines, *, name="train.txt", opener=open, **options):
-    path = tmp_path / name
-    with opener(path, "wt") as file:
-        file.write("".join(f"{line}\n" for line in lines))
-    out = tmp_path / "out"
-    return prepare(PrepareOptions("criteo", (path,), out, **options), progress=False), out
+@pytest.fixture
+def rows(tmp_path, monkeypatch):
+    """A folder of prepared rows, from an empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    Path("train.txt").write_text("\n".join(click_lines(60)))
+    prepare(PrepareOptions("criteo", (Path("train.txt"),), Path("rows"), test_part=0.3), progress=False)
+    return Path("rows")
 
 
-def read(out, part):
-    files = json.loads((out / "criteo.json").read_text())["files"][part]
-    return pl.concat([pl.read_parquet(out / name) for name in files])
+@pytest.fixture
+def small_tables(monkeypatch):
+    """Made-up rows of small tables in place of the full size."""
+    monkeypatch.setattr(criteo, "KAGGLE_SIZES", SIZES)
+    monkeypatch.setattr(criteo, "Truth", partial(_clicks.Truth, SIZES))
+    criteo._made_up.cache_clear()
+    yield
+    criteo._made_up.cache_clear()
 
 
-def by_hand(lines, is_test, least_count):
-    """(columns of all rows with ids by falling frequency among the training rows, rows of each table)."""
-    fields = [line.split("\t") for line in lines]
-    columns, sizes = [], []
-    for k in range(26):
-        values = [int(f[1 + COUNTS + k], 16) if f[1 + COUNTS + k] else None for f in fields]
-        seen = Counter(v for v, t in zip(values, is_test, strict=True) if v is not None and not t)
-        kept = [v for v, n in sorted(seen.items(), key=lambda item: (-item[1], item[0])) if n >= least_count]
-        ids = {value: place + 1 for place, value in enumerate(kept)}
-        columns.append([ids.get(v, 0) for v in values])
-        sizes.append(len(kept) + 1)
-    counts = [[int(f[1 + k]) if f[1 + k] else -1 for f in fields] for k in range(COUNTS)]
-    return [[int(f[0]) for f in fields], *counts, *columns], sizes
-
-
-@pytest.mark.parametrize("least_count", [1, 9])
-@pytest.mark.parametrize(("name", "opener"), [("t.txt", open), ("t.txt.gz", gzip.open), ("t.txt.xz", lzma.open)])
-def test_prepared_rows_are_those_of_the_file(tmp_path, monkeypatch, least_count, name, opener):
-    monkeypatch.setattr(_prepare, "_BLOCK", 7_000)  # Some forty lines.
-    lines = click_lines(200)
-    index, out = prepared(tmp_path, lines, name=name, opener=opener, least_count=least_count, test_part=0.3)
-    is_test = _prepare._is_test(torch.arange(200).numpy().astype("uint64"), 0.3)
-    columns, sizes = by_hand(lines, is_test, least_count)
-    assert index["sizes"] == sizes
-    for part, chosen in (("train", ~is_test), ("test", is_test)):
-        rows = read(out, part)
-        assert index["rows"][part] == len(rows) == int(chosen.sum())
-        assert [rows[name].to_list() for name in rows.columns] == [
-            [value for value, taken in zip(column, chosen, strict=True) if taken] for column in columns
-        ]
-    assert 30 < index["rows"]["test"] < 90
-    assert len(index["files"]["train"]) > 3
-
-
-def test_rows_for_testing_do_not_depend_on_the_files(tmp_path):
-    lines = click_lines(60)
-    _, whole = prepared(tmp_path, lines, test_part=0.4)
-    paths = [tmp_path / "a", tmp_path / "b"]
-    for path, part in zip(paths, (lines[:25], lines[25:]), strict=True):
-        path.write_text("\n".join(part))  # No newline at the end.
-    prepare(PrepareOptions("criteo", tuple(paths), tmp_path / "two", test_part=0.4), progress=False)
-    for part in ("train", "test"):
-        assert read(whole, part).equals(read(tmp_path / "two", part))
-
-
-@pytest.mark.parametrize(
-    ("line", "text"),
-    [
-        ("2\t1", "at byte BAD"),
-        ("1" + "\t" * 38, "at byte BAD"),
-        ("1\tx" + "\t" * 38, "at byte BAD"),
-        ("1" + "\t" * 38 + "\tzz", "at byte BAD"),
-        ("1" + "\t" * 38 + "\t123456789", "at byte BAD"),
-    ],
-)
-def test_a_damaged_line_is_named_and_nothing_looks_whole(tmp_path, line, text):
-    lines = click_lines(20)
-    place = sum(len(good) + 1 for good in lines)
-    with pytest.raises(ValueError, match=text.replace("BAD", str(place))) as error:
-        prepared(tmp_path, [*lines, line, *lines])
-    assert "train.txt is damaged after byte 0" in str(error.value)
-    assert "A line has a label, 13 integers and 26 hexadecimal numbers" in str(error.value)
-    assert not (tmp_path / "out" / "criteo.json").exists()
-
-
-@pytest.mark.parametrize(("ending", "pack"), [(".gz", gzip.compress), (".xz", lzma.compress)])
-def test_a_truncated_archive(tmp_path, ending, pack):
-    path = tmp_path / f"train.txt{ending}"
-    path.write_bytes(pack("\n".join(click_lines(50)).encode())[:-30])
-    with pytest.raises(ValueError, match=r"train.txt\..z is damaged before byte \d+"):
-        prepare(PrepareOptions("criteo", (path,), tmp_path / "out"), progress=False)
-
-
-def test_what_an_interruption_leaves_is_cleared_and_what_is_whole_is_kept(tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "train-00007.parquet").write_text("half")
-    (out / ".criteo.json.abcd.tmp").write_text("half")
-    prepared(tmp_path, click_lines(30))
-    assert not (out / "train-00007.parquet").exists()
-    assert not (out / ".criteo.json.abcd.tmp").exists()
-    with pytest.raises(ValueError, match=r"out holds prepared rows. Pass another --out"):
-        prepared(tmp_path, click_lines(30))
-    (out / "criteo.json").unlink()
-    (out / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"out holds notes.txt, which is not of a preparation"):
-        prepared(tmp_path, click_lines(30))
-    assert (out / "notes.txt").read_text() == "mine"
-
-
-@pytest.mark.parametrize(
-    ("options", "text"),
-    [
-        ({"files": ()}, r"no file to prepare"),
-        ({"least_count": 0}, r"--least-count must be 1 or more, got 0"),
-        ({"test_part": 1.0}, r"--test-part must be above 0 and below 1, got 1.0"),
-    ],
-)
-def test_bad_choices(tmp_path, options, text):
-    (tmp_path / "t").write_text("")
-    given = {"files": (tmp_path / "t",), "out": tmp_path / "out"} | options
-    with pytest.raises(ValueError, match=text):
-        prepare(PrepareOptions("criteo", **given), progress=False)
-    with pytest.raises(FileNotFoundError, match=r"no file .*gone"):
-        prepare(PrepareOptions("criteo", (tmp_path / "gone",), tmp_path / "out"), progress=False)
-    assert not (tmp_path / "out").exists()
+def refused(capsys, command: str) -> str:
+    """The one line that a command ends with, after checking that nothing else came of it."""
+    before = sorted(Path().rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        main(command.split())
+    assert stop.value.code == 2
+    assert sorted(Path().rglob("*")) == before
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    return lines[0]
 
 
 @pytest.mark.parametrize(
@@ -149,7 +65,8 @@ def test_bad_choices(tmp_path, options, text):
     [
         (None, FileNotFoundError, r"no .*criteo.json. Make it by `rankfall prepare criteo train.txt --out"),
         ("{", ValueError, r"criteo.json is damaged: .*Prepare the rows again"),
-        ("{}", ValueError, r"criteo.json is damaged: files, rows or sizes are missing"),
+        ("{}", ValueError, r"criteo.json is damaged: files.train is missing or wrong. Prepare the rows again"),
+        ("[3]", ValueError, r"criteo.json is damaged: files.train is missing or wrong"),
     ],
 )
 def test_a_folder_that_is_not_prepared(tmp_path, content, error, text):
@@ -159,11 +76,52 @@ def test_a_folder_that_is_not_prepared(tmp_path, content, error, text):
         criteo.RECIPE.network(None, tmp_path)
 
 
-def test_a_damaged_part_is_named(tmp_path):
-    _, out = prepared(tmp_path, click_lines(30))
-    (out / "train-00000.parquet").write_bytes(b"PAR1")
+def renote(rows: Path, change) -> None:
+    """Changes the note of prepared rows."""
+    note = rows / "criteo.json"
+    index = json.loads(note.read_text())
+    change(index)
+    note.write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda index: index["files"].pop("test"), "files.test"),
+        (lambda index: index["files"].update(train=[]), "files.train"),
+        (lambda index: index["files"].update(train=[3]), "files.train"),
+        (lambda index: index.update(files=["train-00000.parquet"]), "files.train"),
+        (lambda index: index.pop("rows"), "rows.train"),
+        (lambda index: index["rows"].update(test=0), "rows.test"),
+        (lambda index: index["sizes"].pop(), "sizes"),
+        (lambda index: index.update(sizes=["many"] * 26), "sizes"),
+    ],
+)
+def test_a_note_that_lacks_something(rows, capsys, change, fault):
+    renote(rows, change)
+    line = refused(capsys, "train criteo --data-dir rows --out run")
+    assert f"criteo.json is damaged: {fault} is missing or wrong. Prepare the rows again." in line
+
+
+def test_ids_must_be_rows_of_their_tables(rows, capsys):
+    renote(rows, lambda index: index["sizes"].__setitem__(25, 2))
+    line = refused(capsys, "train criteo --data-dir rows --out run")
+    assert "rows/train-00000.parquet holds " in line
+    assert " in column C26, where numbers from 0 to 1 are expected. Prepare the rows again." in line
+
+
+def test_a_column_that_is_missing(rows, capsys):
+    path = rows / "test-00000.parquet"
+    pl.read_parquet(path).drop("C7").write_parquet(path)
+    line = refused(capsys, "train criteo --data-dir rows --out run")
+    assert "test-00000.parquet is missing or damaged: " in line
+    assert "C7" in line
+
+
+def test_a_damaged_part_is_named(rows):
+    (rows / "train-00000.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError, match=r"train-00000.parquet is missing or damaged: .*Prepare the rows again"):
-        criteo.RECIPE.load(out)
+        criteo.RECIPE.load(rows)
 
 
 def test_rows_are_needed(tmp_path):
@@ -172,6 +130,37 @@ def test_rows_are_needed(tmp_path):
         load_data(recipe, TrainOptions("criteo"))
     with pytest.raises(ValueError, match=r"--synthetic makes rows up, and --data-dir reads them"):
         load_data(recipe, TrainOptions("criteo", synthetic=True, data_dir=tmp_path))
+
+
+def test_missing_rows_come_before_missing_memory(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(_run.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=1))
+    for command in ("train criteo --method dense", "compare criteo --methods dense"):
+        assert "criteo needs --synthetic, or --data-dir" in refused(capsys, command)
+
+
+@pytest.mark.parametrize("in_memory", [1000, 1])
+def test_figures_of_clicks_need_rows_with_and_without(tmp_path, monkeypatch, capsys, in_memory):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(criteo, "_IN_MEMORY", in_memory)
+    Path("train.txt").write_text("\n".join(f"0{line[1:]}" for line in click_lines(60)))
+    prepare(PrepareOptions("criteo", (Path("train.txt"),), Path("rows")), progress=False)
+    line = refused(capsys, "train criteo --data-dir rows --out run")
+    assert "all rows to test with have the same label, and AUC and normalised entropy need both. Pass a larger" in line
+    with pytest.raises(ValueError, match=r"all rows to test with have the same label"):
+        click_figures(torch.randn(5), torch.ones(5, dtype=torch.int64))
+
+
+@pytest.mark.usefixtures("small_tables")
+@pytest.mark.parametrize("limit", [1, 10])
+def test_few_made_up_rows(tmp_path, monkeypatch, limit):
+    monkeypatch.chdir(tmp_path)
+    main(f"train criteo --synthetic --limit {limit} --epochs 1 --max-rank 2 --out run".split())
+    metrics = json.loads(Path("run/metrics.json").read_text())
+    assert 0 <= metrics["test_auc"] <= 1
+    planted = {f"tables.{k}": rank for k, rank in enumerate(_clicks.Truth(SIZES).ranks)}
+    assert metrics["truth_ranks"] == planted
+    assert planted.keys() <= metrics["ranks"].keys()
 
 
 @pytest.mark.parametrize("method", ["dense", "evidence"])
@@ -188,13 +177,12 @@ def test_prepare_and_train(tmp_path, monkeypatch, capsys, method):
     assert metrics["dense_parameters"] == sum(p.numel() for p in Recommender(sizes).parameters())
 
 
-def test_on_few_rows_training_is_longer_and_in_smaller_batches(tmp_path, monkeypatch):
-    _, out = prepared(tmp_path, click_lines(30))
-    few, many = criteo.RECIPE.network(None, out), criteo.RECIPE.network(None)
+def test_on_few_rows_training_is_longer_and_in_smaller_batches(rows, monkeypatch):
+    few, many = criteo.RECIPE.network(None, rows), criteo.RECIPE.network(None)
     assert (few.batch_size, few.lr, few.epochs, len(few.formats)) == (128, 5e-4, 40, 0)
     assert (many.batch_size, many.lr, many.epochs, len(many.formats)) == (1024, 5e-4, 16, 7)
     monkeypatch.setattr(criteo, "_FEW", 10)
-    assert criteo.RECIPE.network(None, out).batch_size == 1024
+    assert criteo.RECIPE.network(None, rows).batch_size == 1024
 
 
 def test_the_published_size():
@@ -278,6 +266,22 @@ def test_a_stream_gives_the_rows_of_its_seed_an_epoch_at_a_time(monkeypatch):
     assert torch.equal(torch.cat([rows for rows, _ in again]), second)
 
 
+def test_a_stream_goes_on_where_the_phase_before_has_left_it(monkeypatch):
+    monkeypatch.setattr(_clicks, "_CHUNK", 40)
+    truth, seen = _clicks.Truth((30, 1001)), []
+
+    def fit(model, loader, nll, *, epochs, **_):
+        for _ in range(epochs):
+            seen.extend(rows for rows, _ in loader)
+        return [{"epoch": epoch, "seconds": 0.0} for epoch in range(epochs)]
+
+    monkeypatch.setattr(_run, "fit", fit)
+    network, options = _run.RECIPES["digits"].network(None), TrainOptions("digits", method="compress", epochs=4)
+    data = Data(_clicks.ClickStream(200, 3, truth, per_epoch=40), (torch.zeros(0), torch.zeros(0)))
+    _run._fit(network, options, build_model(network, options), data, RunFolder(options), Processes(), False)
+    assert torch.equal(torch.cat(seen), _clicks.make_clicks(200, 3, truth).rows[:160])
+
+
 def test_made_up_clicks_follow_the_truth():
     made = _clicks.make_clicks(60_000, 0, _clicks.Truth(SIZES))
     assert float(made.labels.float().mean()) == pytest.approx(_clicks._CLICK_RATE, abs=0.02)
@@ -308,6 +312,23 @@ def test_the_truth_is_of_the_planted_rank():
         last = whole.reshape(-1, c * width[2])
         assert [int(torch.linalg.matrix_rank(m)) for m in (first, last)] == [rank, rank]
     assert truth.ranks == (1, 2, 1)
+
+
+@given(st.lists(st.tuples(st.sampled_from([-90.0, -1.5, 0.0, 40.0, 40.5, 41.0]), st.booleans()), min_size=2))
+def test_auc_counts_pairs_and_half_of_the_ties(drawn):
+    scores, clicked = torch.tensor([s for s, _ in drawn]), torch.tensor([int(c) for _, c in drawn])
+    assume(0 < int(clicked.sum()) < len(drawn))
+    above = scores[clicked == 1].unsqueeze(1) - scores[clicked == 0]
+    pairs = ((above > 0).double() + (above == 0).double() / 2).mean()
+    found = click_figures(scores, clicked)
+    assert found["auc"] == pytest.approx(float(pairs), abs=1e-6)  # The library's sums are of float32.
+    assert math.isfinite(found["normalised_entropy"])
+
+
+def test_large_log_odds_do_not_tie():
+    figures = click_figures(torch.tensor([50.0, 40.0, 60.0, 45.0]), torch.tensor([1, 0, 1, 0]))
+    assert figures["auc"] == 1.0
+    assert figures["normalised_entropy"] == pytest.approx(85 / 4 / math.log(2), rel=1e-12)
 
 
 def test_click_figures_of_the_truth_are_best():

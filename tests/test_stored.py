@@ -2,6 +2,7 @@
 """Rows in Parquet files: every one of them once per pass, mixed, in an order that a seed settles, and few at a time."""
 
 import json
+import shutil
 import threading
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from rankfall.cli import main
 from rankfall.recipes import _stored, criteo
 from rankfall.recipes._folder import RunFolder
 from rankfall.recipes._prepare import PrepareOptions, prepare
-from rankfall.recipes._stored import StoredRows
+from rankfall.recipes._stored import StoredRows, check_numbers
 
 COUNTS = (70, 0, 31, 55)
 
@@ -127,6 +128,20 @@ def test_a_file_that_is_damaged_meanwhile(files):
         StoredRows.of(files)
 
 
+def test_labels_are_read_by_themselves(files):
+    rows = StoredRows.of(files)
+    assert torch.equal(torch.cat(list(rows.labels())), rows.read()[1])
+    assert [len(part) for part in rows.first(13).labels()] == [8, 5]
+
+
+def test_numbers_outside_their_limits_are_named(files):
+    check_numbers(files[0], {"label": 2, "a": 70})
+    with pytest.raises(ValueError, match=r"part \[0\].parquet holds 69 in column a, where numbers from 0 to 68 are"):
+        check_numbers(files[0], {"label": 2, "a": 69})
+    with pytest.raises(ValueError, match=r"holds -1 in column b, where numbers from 0 to 99 are expected. Prepare the"):
+        check_numbers(files[0], {"a": 70, "b": 100})
+
+
 @pytest.fixture
 def clicks(tmp_path, monkeypatch) -> Path:
     """Prepared rows that are too many to be held, from an empty working directory."""
@@ -182,3 +197,58 @@ def test_an_interrupted_run_on_stored_rows_ends_as_it_would_have(clicks, monkeyp
     main([*run.split(), "--out", "cut", "--resume"])
     whole, cut = (json.loads(Path(folder, "metrics.json").read_text()) for folder in ("whole", "cut"))
     assert [whole[name] for name in ("test_nll", "test_auc")] == [cut[name] for name in ("test_nll", "test_auc")]
+
+
+def again(clicks: Path, lines: list[str]) -> None:
+    """Prepares rows in place of those that are there."""
+    shutil.rmtree(clicks)
+    Path("train.txt").write_text("\n".join(lines))
+    prepare(PrepareOptions("criteo", (Path("train.txt"),), clicks), progress=False)
+
+
+@pytest.fixture
+def run(clicks) -> list[str]:
+    """The command of a run that has been started, and is finished."""
+    command = f"train criteo --data-dir {clicks} --epochs 1 --max-rank 2 --out run".split()
+    main(command)
+    return command
+
+
+def test_a_run_is_not_resumed_on_other_rows(clicks, run, capsys):
+    lines = click_lines(300)
+    other = [f"{1 - int(line[0])}{line[1:]}" for line in lines]  # As many, in tables of the same sizes.
+    again(clicks, other)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main([*run, "--resume"])
+    assert stop.value.code == 2
+    text = "run was started with other rows than clicks holds now. Pass the --data-dir with those to resume it, or"
+    assert text in capsys.readouterr().err
+    again(clicks, lines)
+    main([*run, "--resume"])
+
+
+def test_a_run_is_resumed_where_the_rows_have_gone(clicks, run):
+    clicks.rename("moved")
+    run[3] = "moved"
+    main([*run, "--resume"])
+
+
+def test_a_run_that_is_older_than_the_note_of_its_rows_is_resumed(clicks, run):
+    config = Path("run/config.json")
+    options = json.loads(config.read_text())
+    assert len(options.pop("rows_fingerprint")) == 64
+    config.write_text(json.dumps(options))
+    main([*run, "--resume"])
+
+
+def test_rows_that_are_older_than_their_hashes_are_told_apart_by_size(clicks):
+    note = clicks / "criteo.json"
+    hashed = criteo.fingerprint(clicks)
+    note.write_text(json.dumps({k: v for k, v in json.loads(note.read_text()).items() if k != "hashes"}))
+    first = criteo.fingerprint(clicks)
+    assert first not in (hashed, None)
+    (clicks / "train-00000.parquet").write_bytes(b"PAR1")
+    second = criteo.fingerprint(clicks)
+    (clicks / "train-00000.parquet").unlink()
+    assert len({first, second, criteo.fingerprint(clicks)}) == 3

@@ -197,7 +197,7 @@ class ClickStream:
 
     def __init__(self, count: int, seed: int, truth: Truth, per_epoch: int) -> None:
         self._count, self._seed, self._truth = count, seed, truth
-        self._per_epoch = min(_chunks(per_epoch), _chunks(count))
+        self._per_epoch = min(max(_chunks(per_epoch), 1), _chunks(count))
 
     def __len__(self) -> int:
         return self._count

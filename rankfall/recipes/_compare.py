@@ -28,7 +28,7 @@ from rankfall.recipes._options import (
     usual_format,
 )
 from rankfall.recipes._recipe import Network
-from rankfall.recipes._run import RECIPES, build_model, obstacle, train
+from rankfall.recipes._run import RECIPES, build_model, check_data, obstacle, run_folder, train
 
 # Ranks and budgets that are given are those of the size that evidence ends at, so they come after it.
 _FREE: tuple[MethodName, ...] = ("dense", "evidence", "shrinkage")
@@ -151,6 +151,7 @@ class CompareOptions:
         Raises:
             ValueError: If there are no seeds or a seed comes twice, the recipe lacks a method or there is no size for
                 it, a number is out of range, or a folder is taken.
+            FileNotFoundError: If a folder of data is needed and none is given, or it has not been prepared.
         """
         if not self.seeds:
             raise ValueError("--seeds must be one seed or more, got none. Pass for example --seeds 0 1 2.")
@@ -162,9 +163,10 @@ class CompareOptions:
         self._check_methods()
         for method in self.compared:
             self.run(method, self.seeds[0]).check()
+            check_data(RECIPES[self.recipe], self.run(method, self.seeds[0]))
         for method in self.compared:
             for seed in self.seeds if method in _FREE else ():
-                RunFolder(self.run(method, seed)).check()
+                run_folder(self.run(method, seed)).check()
 
     def _check_methods(self) -> None:
         for method in self.methods:
@@ -201,9 +203,14 @@ def compare(
 
     def finish(run: TrainOptions) -> Result:
         on_run(run)
-        if reason := obstacle(network, run):
+        folder = run_folder(run)
+        if folder.is_finished:  # Its figures are there, whatever the memory would bear now.
+            folder.check()
+            metrics = folder.read_metrics()
+        elif reason := obstacle(network, run):
             return {"reason": reason}
-        folder, _, metrics = train(run, progress=progress)
+        else:
+            _, _, metrics = train(run, progress=progress)
         return metrics | {"max_rank": _start_rank(run)} | _epoch_seconds(folder.read_history())
 
     results: dict[MethodName, list[Result]] = {method: [] for method in options.compared}

@@ -4,7 +4,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ class Data:
     views: int = 1
     texts: bool = False
     clicks: bool = False
-    known: Mapping[str, float] = field(default_factory=dict)
+    known: Mapping[str, Any] = field(default_factory=dict)
 
     def limited(self, rows: int | None) -> "Data":
         """The first `rows` training rows, and as many for testing; None keeps all."""

@@ -12,6 +12,7 @@ from rankfall.recipes._options import TrainOptions
 
 # Where a run stands and whether it goes on is not part of what it computes.
 _NOT_COMPUTED = ("out", "resume", "data_dir")
+_ROWS = "rows_fingerprint"  # Its name in config.json.
 
 
 class RunFolder:
@@ -19,10 +20,11 @@ class RunFolder:
 
     Args:
         options: The options of the run; the folder is made by `open`, not before.
+        rows: What tells the rows that it learns from apart from others; None where they do not change.
     """
 
-    def __init__(self, options: TrainOptions) -> None:
-        self.options = options
+    def __init__(self, options: TrainOptions, rows: str | None = None) -> None:
+        self.options, self.rows = options, rows
         self.path = options.out or _default_path(options)
 
     @property
@@ -50,12 +52,17 @@ class RunFolder:
         """The figures of a finished run; written last, so a folder that has it is whole."""
         return self.path / "metrics.json"
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether a run that is resumed has nothing left to do."""
+        return self.options.resume and self.metrics.is_file()
+
     def check(self) -> None:
         """Refuses a folder that would be overwritten, or that cannot be resumed, before anything is written.
 
         Raises:
             ValueError: If the folder holds something and `--resume` was not given, or the other way round, or the
-                options of the interrupted run were others.
+                options or the rows of the interrupted run were others.
         """
         if not self.options.resume:
             if self.path.exists() and not _is_vacant(self.path):
@@ -73,6 +80,12 @@ class RunFolder:
                 raise ValueError(
                     f"{self.path} was started {was}, not {now}. {again} to resume it, or start anew in another --out."
                 )
+        # A run that is older than this note of its rows goes on as it did.
+        if started.get(_ROWS) not in (None, self.rows):
+            raise ValueError(
+                f"{self.path} was started with other rows than {self.options.data_dir} holds now. Pass the --data-dir "
+                "with those to resume it, or start anew in another --out."
+            )
 
     def open(self) -> None:
         """Makes the folder with its config.json, unless it is there already, and clears what a killed run left."""
@@ -81,11 +94,16 @@ class RunFolder:
             if _is_leftover(entry):
                 entry.unlink()
         if not self.options.resume:
-            self.write(self.config.name, _computed(self.options))
+            rows = {} if self.rows is None else {_ROWS: self.rows}
+            self.write(self.config.name, _computed(self.options) | rows)
 
     def write(self, name: str, content: Mapping[str, Any]) -> None:
         """Writes one JSON file."""
         write_atomic(self.path / name, lambda p: p.write_text(json.dumps(content, indent=2) + "\n"))
+
+    def read_metrics(self) -> dict[str, Any]:
+        """Reads metrics.json."""
+        return json.loads(self.metrics.read_text())
 
     def read_history(self) -> list[dict[str, Any]]:
         """Reads history.jsonl."""

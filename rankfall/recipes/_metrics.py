@@ -2,6 +2,7 @@
 """How good a classifier is, and how far its probabilities can be trusted."""
 
 import importlib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ def measure(model: nn.Module, data: Data, rows: int) -> dict[str, float]:
     device = next(model.parameters()).device
     logits, labels = zip(*((model(x.to(device)), y.to(device)) for x, y in data.test_batches(rows)), strict=True)
     found, truth = torch.cat(logits).float(), torch.cat(labels)
-    clicks = click_figures(found[:, 1] - found[:, 0], truth) if data.clicks else {}
+    clicks = click_figures(found[:, 1].double() - found[:, 0].double(), truth) if data.clicks else {}
     return figures(found.log_softmax(1), truth) | {f"test_{name}": value for name, value in clicks.items()}
 
 
@@ -65,14 +66,46 @@ def click_figures(log_odds: Float[Tensor, " n"], clicked: Int[Tensor, " n"]) -> 
         {'auc': 0.75, 'normalised_entropy': 0.787}
 
     Args:
-        log_odds: Of a click.
+        log_odds: Of a click. Probabilities would not do: those of large log odds are 1, and tie.
         clicked: 1 where one came, else 0.
+
+    Raises:
+        ValueError: If a click came in all rows, or in none.
     """
-    rate = clicked.float().mean()
-    usual = F.binary_cross_entropy(rate.expand(len(clicked)), clicked.float())
-    nll = F.binary_cross_entropy_with_logits(log_odds, clicked.float())
-    area = _classification().binary_auroc(log_odds.sigmoid().double(), clicked)
-    return {"auc": float(area), "normalised_entropy": float(nll / usual)}
+    check_both([clicked])
+    came = clicked.double()
+    usual = F.binary_cross_entropy(came.mean().expand(len(came)), came)
+    nll = F.binary_cross_entropy_with_logits(log_odds.double(), came)
+    return {"auc": _area(log_odds, clicked), "normalised_entropy": float(nll / usual)}
+
+
+def check_both(labels: Iterable[Int[Tensor, " n"]]) -> None:
+    """Refuses rows that all have the same label, for which figures of clicks are not defined.
+
+    Args:
+        labels: Part by part; those after the first that settles it are not asked for.
+
+    Raises:
+        ValueError: If there are no two labels that differ.
+    """
+    seen: set[int] = set()
+    for part in labels:
+        seen.update(part.unique().tolist())
+        if len(seen) > 1:
+            return
+    raise ValueError(
+        "all rows to test with have the same label, and AUC and normalised entropy need both. "
+        "Pass a larger --limit, or prepare more rows."
+    )
+
+
+def _area(scores: Float[Tensor, " n"], labels: Int[Tensor, " n"]) -> float:
+    """The area under the ROC curve: how often a row of label 1 has the higher score, one half for each tie.
+
+    Only the order of scores matters, and torchmetrics would make probabilities of them, in which large ones tie.
+    """
+    values, place = scores.double().unique(return_inverse=True)
+    return float(_classification().binary_auroc(place.double() / max(len(values) - 1, 1), labels))
 
 
 def auroc(known: Float[Tensor, " n"], strange: Float[Tensor, " m"]) -> float:
@@ -83,11 +116,11 @@ def auroc(known: Float[Tensor, " n"], strange: Float[Tensor, " m"]) -> float:
         0.75
 
     Args:
-        known: Scores of rows like those of the training set, between 0 and 1.
+        known: Scores of rows like those of the training set.
         strange: Scores of other rows.
     """
     truth = torch.cat([torch.zeros(len(known), dtype=torch.int64), torch.ones(len(strange), dtype=torch.int64)])
-    return float(_classification().binary_auroc(torch.cat([known, strange]).cpu(), truth))
+    return _area(torch.cat([known, strange]).cpu(), truth)
 
 
 def _classification() -> Any:  # noqa: ANN401  a module

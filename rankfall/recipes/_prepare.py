@@ -2,16 +2,17 @@
 """Criteo's text files to Parquet: ids by falling frequency, in two passes over the files and in bounded memory."""
 
 import gzip
+import hashlib
 import json
 import lzma
-import shutil
+import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import Annotated, Any, BinaryIO, Literal, TypeAlias
 
 import numpy as np
 import tyro
@@ -29,10 +30,19 @@ MISSING = -1
 INDEX = "criteo.json"
 """The name of the file that is written last, so a folder that has it is whole."""
 
+PARTS = ("train", "test")
+"""Rows to learn from, and rows to measure with."""
+
+ID_COLUMNS = tuple(f"C{k + 1}" for k in range(TABLES))
+"""The columns of ids, one per table."""
+
 _COUNTS = [f"I{k + 1}" for k in range(COUNTS)]
-_IDS = [f"C{k + 1}" for k in range(TABLES)]
 _BLOCK = 48 << 20  # Bytes of text that are parsed at once.
+_LONGEST = 1 << 20  # Bytes without a line in them that are held; a line has some 400 at most.
 _OPENERS: dict[str, Callable[[BinaryIO], Any]] = {".gz": gzip.open, ".xz": lzma.open}
+_PACKED = {".gz": b"\x1f\x8b", ".xz": b"\xfd7zXZ\x00"}  # What such a file begins with.
+_OURS = re.compile(r"(train|test)-\d{5,}\.parquet|vocabulary-C\d{1,2}\.parquet|criteo\.json")
+_OUR_TEMPORARY = re.compile(rf"\.({_OURS.pattern})\.[0-9a-f]{{8}}\.tmp")
 
 
 @dataclass(frozen=True)
@@ -54,7 +64,8 @@ class PrepareOptions:
         """Refuses what argument types let through, before anything is written.
 
         Raises:
-            ValueError: If a number is out of range, or the folder holds something else.
+            ValueError: If a number is out of range, a file is packed and not named so, or the folder holds something
+                else.
             FileNotFoundError: If a file is missing.
         """
         if not self.files:
@@ -62,13 +73,21 @@ class PrepareOptions:
         for path in self.files:
             if not path.is_file():
                 raise FileNotFoundError(f"no file {path}.")
+            _check_ending(path)
         if self.least_count < 1:
             raise ValueError(f"--least-count must be 1 or more, got {self.least_count}.")
         if not 0 < self.test_part < 1:
             raise ValueError(f"--test-part must be above 0 and below 1, got {self.test_part}.")
+        self._check_out()
+
+    def _check_out(self) -> None:
+        if not self.out.exists():
+            return
+        if not self.out.is_dir():
+            raise ValueError(f"{self.out} is not a folder. Pass another --out.")
         if (self.out / INDEX).exists():
             raise ValueError(f"{self.out} holds prepared rows. Pass another --out, or remove it.")
-        strange = [path.name for path in self.out.glob("*") if not _is_ours(path)] if self.out.exists() else []
+        strange = sorted(path.name for path in self.out.iterdir() if not _is_ours(path))
         if strange:
             raise ValueError(f"{self.out} holds {strange[0]}, which is not of a preparation. Pass another --out.")
 
@@ -81,38 +100,85 @@ def prepare(options: PrepareOptions, *, progress: bool = True) -> dict[str, Any]
         progress: Whether a progress bar is shown.
 
     Returns:
-        The content of criteo.json: rows for training and testing, the files, and how many rows each table needs.
+        The content of criteo.json: rows for training and testing, the files with hashes of their rows, and how many
+        rows each table needs.
 
     Raises:
-        ValueError: If an option is out of range or a line is damaged.
+        ValueError: If an option is out of range, a line is damaged, a file changes while it is read, or there are no
+            rows for training or for testing. The folder has no criteo.json then.
         FileNotFoundError: If a file is missing.
+        OSError: If the folder cannot be written to.
     """
     options.check()
+    before = _versions(options.files)
     options.out.mkdir(parents=True, exist_ok=True)
-    for path in options.out.glob("*"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    total = 2 * sum(path.stat().st_size for path in options.files)
+    for path in options.out.iterdir():
+        path.unlink()
+    total = 2 * sum(size for size, _ in before.values())
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn(), disable=not progress
     )
     with bar:
         task = bar.add_task("counting ids", total=total)
         vocabularies = _vocabularies(options, lambda count: bar.advance(task, count))
+        _check_unchanged(before)
         bar.update(task, description="writing rows")
-        rows, files = _write(options, vocabularies, lambda count: bar.advance(task, count))
+        written = _write(options, vocabularies, lambda count: bar.advance(task, count))
+    _check_unchanged(before)
+    _check_parts(written["rows"])
     index = {
         "least_count": options.least_count,
         "test_part": options.test_part,
         "sizes": [len(vocabulary.values) + 1 for vocabulary in vocabularies],
-        "rows": rows,
-        "files": files,
+        **written,
     }
-    write_atomic(options.out / INDEX, lambda p: p.write_text(json.dumps(index, indent=2) + "\n"))
+    _write_file(options.out / INDEX, lambda p: p.write_text(json.dumps(index, indent=2) + "\n"))
     return index
 
 
 def _is_ours(path: Path) -> bool:
-    return path.suffix == ".parquet" or (path.name.startswith(".") and path.suffix == ".tmp")
+    """Whether a preparation makes files of this name. Whatever else a folder holds may be all that is left of it."""
+    named = _OURS.fullmatch(path.name) or _OUR_TEMPORARY.fullmatch(path.name)
+    return bool(named) and path.is_file() and not path.is_symlink()
+
+
+def _check_ending(path: Path) -> None:
+    with path.open("rb") as file:
+        head = file.read(max(map(len, _PACKED.values())))
+    for ending, magic in _PACKED.items():
+        if head.startswith(magic) and path.suffix != ending:
+            raise ValueError(f"{path} is packed, and its name does not end in {ending}. Rename it to {path}{ending}.")
+
+
+_Versions: TypeAlias = dict[Path, tuple[int, int]]
+
+
+def _versions(files: Iterable[Path]) -> _Versions:
+    """Size and time of the last change of each file."""
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+
+
+def _check_unchanged(before: _Versions) -> None:
+    now = _versions(before)
+    for path, version in before.items():
+        if now[path] != version:
+            raise ValueError(f"{path} has changed while it was read. Prepare it again once it is complete.")
+
+
+def _check_parts(rows: Mapping[str, int]) -> None:
+    if not all(rows.values()):
+        raise ValueError(
+            f"the files give {rows['train']:,} rows to train with and {rows['test']:,} to test with, and both are "
+            "needed. Pass files with more rows, or another --test-part."
+        )
+
+
+def _write_file(path: Path, write: Callable[[Path], object]) -> None:
+    try:
+        write_atomic(path, write)
+    except (OSError, polars().exceptions.PolarsError) as error:
+        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+        raise OSError(f"{path} cannot be written: {reason}. Make room for it, or pass another --out.") from error
 
 
 @dataclass(frozen=True)
@@ -135,44 +201,52 @@ Advance = Callable[[int], object]
 
 def _vocabularies(options: PrepareOptions, advance: Advance) -> list[_Vocabulary]:
     pl = polars()
-    counts = [pl.DataFrame(schema={"value": pl.UInt32, "count": pl.UInt32}) for _ in _IDS]
+    counts = [pl.DataFrame(schema={"value": pl.UInt32, "count": pl.UInt32}) for _ in ID_COLUMNS]
     for rows, is_test in _blocks(options, advance):
         learned = rows.filter(~pl.Series(is_test))
-        for k, name in enumerate(_IDS):
+        for k, name in enumerate(ID_COLUMNS):
             seen = learned[name].drop_nulls().value_counts(name="count").rename({name: "value"})
             both = pl.concat([counts[k], seen.cast({"count": pl.UInt32})])
             counts[k] = both.group_by("value").agg(pl.col("count").sum())
-    return [_vocabulary(options, name, found) for name, found in zip(_IDS, counts, strict=True)]
+    return [_vocabulary(options, name, found) for name, found in zip(ID_COLUMNS, counts, strict=True)]
 
 
 def _vocabulary(options: PrepareOptions, name: str, counts: Any) -> _Vocabulary:  # noqa: ANN401  polars' frame
     pl = polars()
     kept = counts.filter(pl.col("count") >= options.least_count).sort(["count", "value"], descending=[True, False])
     kept = kept.with_columns(pl.int_range(1, len(kept) + 1, dtype=pl.Int32).alias("id"))
-    write_atomic(options.out / f"vocabulary-{name}.parquet", kept.write_parquet)
+    _write_file(options.out / f"vocabulary-{name}.parquet", kept.write_parquet)
     by_value = kept.sort("value")
     return _Vocabulary(by_value["value"].to_numpy(), by_value["id"].to_numpy())
 
 
-def _write(
-    options: PrepareOptions, vocabularies: Sequence[_Vocabulary], advance: Advance
-) -> tuple[dict[str, int], dict[str, list[str]]]:
+def _write(options: PrepareOptions, vocabularies: Sequence[_Vocabulary], advance: Advance) -> dict[str, Any]:
+    """Writes the rows; returns of each part how many there are, its files, and a hash of the rows in each of them."""
     pl = polars()
-    rows, files = {"train": 0, "test": 0}, {"train": [], "test": []}
+    rows, files, hashes = dict.fromkeys(PARTS, 0), {part: [] for part in PARTS}, {part: [] for part in PARTS}
     for block, is_test in _blocks(options, advance):
         ids = [
             pl.Series(name, vocabulary.of(block[name].fill_null(0).to_numpy(), block[name].is_not_null().to_numpy()))
-            for name, vocabulary in zip(_IDS, vocabularies, strict=True)
+            for name, vocabulary in zip(ID_COLUMNS, vocabularies, strict=True)
         ]
         counts = block.select("label", *(pl.col(name).fill_null(MISSING) for name in _COUNTS))
         ready = counts.with_columns(ids)
-        for part, which in (("train", ~is_test), ("test", is_test)):
+        for part, which in zip(PARTS, (~is_test, is_test), strict=True):
             name = f"{part}-{len(files[part]):05}.parquet"
             chosen = ready.filter(pl.Series(which))
-            write_atomic(options.out / name, partial(chosen.write_parquet, row_group_size=PIECE))
+            _write_file(options.out / name, partial(chosen.write_parquet, row_group_size=PIECE))
             rows[part] += len(chosen)
             files[part].append(name)
-    return rows, files
+            hashes[part].append(_hash(chosen))
+    return {"rows": rows, "files": files, "hashes": hashes}
+
+
+def _hash(rows: Any) -> str:  # noqa: ANN401  polars' frame
+    """Of the numbers, not of the file: another version of polars may pack the same rows otherwise."""
+    digest = hashlib.sha256()
+    for column in rows.get_columns():
+        digest.update(column.to_numpy())
+    return digest.hexdigest()
 
 
 def _blocks(options: PrepareOptions, advance: Advance) -> Iterator[tuple[Any, np.ndarray]]:
@@ -203,8 +277,9 @@ def _texts(path: Path, advance: Advance) -> Iterator[tuple[bytes, int]]:
                 block = file.read(_BLOCK)
             except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
                 raise ValueError(f"{path} is damaged before byte {raw.tell()}: {error} Get the file again.") from error
-            end = block.rfind(b"\n") + 1
-            text, rest = (rest + block[:end], block[end:]) if block else (rest, b"")
+            rest += block
+            end = _end(rest, is_last=not block)
+            text, rest = rest[:end], rest[end:]
             if text:
                 yield text, start
             start += len(text)
@@ -214,35 +289,50 @@ def _texts(path: Path, advance: Advance) -> Iterator[tuple[bytes, int]]:
                 return
 
 
+def _end(text: bytes, *, is_last: bool) -> int:
+    """How much of a text can be parsed by itself: up to its last whole line, without blank lines after that.
+
+    If more text follows, these are not the end of the file, and stand before a line of it.
+    """
+    if not is_last and len(text) > _BLOCK + _LONGEST:
+        return len(text)  # No line in so much: it is damaged, and is not to fill the memory.
+    end = len(text) if is_last else text.rfind(b"\n") + 1
+    while text.endswith((b"\n\n", b"\n\r\n"), 0, end):
+        end -= 2 if text.endswith(b"\r\n", 0, end) else 1
+    return 0 if text[:end] in (b"\n", b"\r\n") else end
+
+
 def _parsed(text: bytes, path: Path, start: int) -> Any:  # noqa: ANN401  polars' frame
     pl = polars()
-    schema = {"label": pl.Int8} | dict.fromkeys(_COUNTS, pl.Int32) | dict.fromkeys(_IDS, pl.String)
+    schema = {"label": pl.Int8} | dict.fromkeys(_COUNTS, pl.Int32) | dict.fromkeys(ID_COLUMNS, pl.String)
     try:
         rows = pl.read_csv(text, has_header=False, separator="\t", quote_char=None, schema=schema)
-        rows = rows.with_columns(pl.col(name).str.to_integer(base=16, dtype=pl.UInt32) for name in _IDS)
+        rows = rows.with_columns(pl.col(name).str.to_integer(base=16, dtype=pl.UInt32) for name in ID_COLUMNS)
         if text.count(b"\t") != (COUNTS + TABLES) * len(rows):
             raise ValueError("a line has other than 40 columns")
         if not rows["label"].is_in([0, 1]).fill_null(False).all():
             raise ValueError("a label is not 0 or 1")
         return rows
     except (pl.exceptions.PolarsError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
         raise ValueError(
-            f"{path} is damaged after byte {start}, at {_bad_line(text, start)}: {reason}. A line has a label, 13 "
+            f"{path} is damaged after byte {start}, at {_bad_line(text, start, error)}. A line has a label, 13 "
             "integers and 26 hexadecimal numbers, tabs between. Get the file again."
         ) from error
 
 
-def _bad_line(text: bytes, start: int) -> str:
-    for line in text.split(b"\n"):
-        if line and not _is_row(line):
-            return f"byte {start}"
+def _bad_line(text: bytes, start: int, error: Exception) -> str:
+    """The byte at which the first line that is no row begins, and what is wrong with it."""
+    reason = str(error).strip().split("\n")[0]
+    for line in text.removesuffix(b"\n").split(b"\n"):
+        if not _is_row(line):
+            is_blank = not line.strip(b" \r")
+            return f"byte {start}: {'a line is blank' if is_blank else reason}"
         start += len(line) + 1
-    return "an unknown byte"
+    return f"an unknown byte: {reason}"
 
 
 def _is_row(line: bytes) -> bool:
-    fields = line.split(b"\t")
+    fields = line.removesuffix(b"\r").split(b"\t")
     try:
         counts = [int(f) for f in fields[1 : COUNTS + 1] if f]
         ids = [int(f, 16) for f in fields[COUNTS + 1 :] if f]

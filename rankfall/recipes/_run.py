@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """One training run of a recipe, from data to run folder."""
 
-import json
 import random
 import resource
 import time
@@ -28,10 +27,11 @@ from rankfall._tensorize import tensorize_
 from rankfall.recipes import cifar10, criteo, digits, imdb, mnist
 from rankfall.recipes._data import Data
 from rankfall.recipes._folder import RunFolder
-from rankfall.recipes._metrics import measure
+from rankfall.recipes._metrics import check_both, measure
 from rankfall.recipes._options import PrecisionName, TrainOptions, make_format
 from rankfall.recipes._picture import draw
 from rankfall.recipes._recipe import Network, Recipe
+from rankfall.recipes._stored import StoredRows
 
 _ALL = (digits.RECIPE, mnist.RECIPE, cifar10.RECIPE, imdb.RECIPE, imdb.TRANSFORMER, criteo.RECIPE)
 RECIPES = {recipe.name: recipe for recipe in _ALL}
@@ -52,7 +52,8 @@ def train(options: TrainOptions, *, progress: bool = True) -> tuple[RunFolder, n
         The folder, the trained model in eval mode, and the content of metrics.json.
 
     Raises:
-        ValueError: If an option is out of range, data is damaged, or the folder is taken. Nothing is written then.
+        ValueError: If an option is out of range, data is damaged, or the folder is taken or was started with other
+            options or rows. Nothing is written then.
         FileNotFoundError: If data is missing. Nothing is written then.
     """
     processes = join_processes()
@@ -62,8 +63,8 @@ def train(options: TrainOptions, *, progress: bool = True) -> tuple[RunFolder, n
     random.seed(options.seed)
     torch.manual_seed(options.seed)
     model = processes.together(lambda: build_model(network, options))
-    if processes.from_first(lambda: options.resume and folder.metrics.is_file()):
-        return folder, load(folder.model, model).eval(), json.loads(folder.metrics.read_text())
+    if processes.from_first(lambda: folder.is_finished):
+        return folder, load(folder.model, model).eval(), folder.read_metrics()
     data = processes.together(lambda: load_data(recipe, options))
     processes.on_first(folder.open)
     history = _fit(network, options, model, data, folder, processes, progress)
@@ -74,10 +75,23 @@ def train(options: TrainOptions, *, progress: bool = True) -> tuple[RunFolder, n
 def _checked_folder(options: TrainOptions) -> RunFolder:
     options.check()
     recipe = RECIPES[options.recipe]
+    check_data(recipe, options)
     _check_method(recipe, recipe.network(options.model, options.data_dir), options)
-    folder = RunFolder(options)
+    folder = run_folder(options)
     folder.check()
     return folder
+
+
+def run_folder(options: TrainOptions) -> RunFolder:
+    """The folder of a run, with what it has to know of the rows that are learned from.
+
+    Raises:
+        ValueError: If the note of prepared rows is damaged.
+        FileNotFoundError: If prepared rows are missing.
+    """
+    if options.recipe != criteo.RECIPE.name or options.data_dir is None:
+        return RunFolder(options)
+    return RunFolder(options, criteo.fingerprint(options.data_dir))
 
 
 def _finish(
@@ -103,8 +117,26 @@ def load_data(recipe: Recipe, options: TrainOptions) -> Data:
     """The rows that a run learns from and is measured with.
 
     Raises:
-        ValueError: If data is damaged, or `--length` is given for something other than texts.
+        ValueError: If data is damaged, an option does not go with it, or too few clicks are left to measure with.
         FileNotFoundError: If data is missing.
+    """
+    check_data(recipe, options)
+    if options.synthetic and recipe.made_up is not None:
+        return recipe.made_up(options.limit)
+    data = recipe.load(options.data_dir).limited(options.limit).cut(options.length or recipe.length)
+    if data.clicks and isinstance(data.test, StoredRows):
+        check_both(data.test.labels())
+    elif data.clicks and isinstance(data.test, tuple):
+        check_both(data.test[1:])
+    return data
+
+
+def check_data(recipe: Recipe, options: TrainOptions) -> None:
+    """Refuses a choice of data by itself: whether the network fits into memory does not matter then.
+
+    Raises:
+        ValueError: If an option does not go with the recipe, or with another one.
+        FileNotFoundError: If a recipe whose rows are in a folder or made up has neither.
     """
     if options.length is not None and recipe.length is None:
         raise ValueError(f"--length is for texts, and {recipe.name} has none. Leave it out.")
@@ -113,8 +145,8 @@ def load_data(recipe: Recipe, options: TrainOptions) -> Data:
             raise ValueError(f"--synthetic is for criteo, and {recipe.name} has no made-up rows. Leave it out.")
         if options.data_dir is not None:
             raise ValueError("--synthetic makes rows up, and --data-dir reads them. Pass one of the two.")
-        return recipe.made_up(options.limit)
-    return recipe.load(options.data_dir).limited(options.limit).cut(options.length or recipe.length)
+    elif recipe.made_up is not None and options.data_dir is None:
+        recipe.load(None)  # It says what to pass.
 
 
 def _check_method(recipe: Recipe, network: Network, options: TrainOptions) -> None:
@@ -246,13 +278,15 @@ def _fit(
     progress: bool,
 ) -> list[dict[str, Any]]:
     history: list[dict[str, Any]] = []
+    # A step is that of one batch, however dealt out. All phases have the same loader: a stream goes on in the next one.
+    batches = data.batches(-(-network.batch_size // processes.count))
     for phase in _phases(network, options):
         started = time.perf_counter()
         phase.prepare(model)
         joined = partial(_joined, history, time.perf_counter() - started)
         records = fit(
             model,
-            data.batches(-(-network.batch_size // processes.count)),  # A step is that of one batch, however dealt out.
+            batches,
             partial(_cross_entropy, precision=options.precision),
             optimizer=torch.optim.Adam(parameter_groups(model, network.lr, changes=network.changes), fused=True),
             epochs=phase.epochs,

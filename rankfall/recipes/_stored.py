@@ -2,9 +2,11 @@
 """Rows of a data set in Parquet files: read a few pieces at a time, mixed, and the next ones while these are used."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -80,6 +82,15 @@ class StoredRows:
         """
         return _read(self.pieces)
 
+    def labels(self) -> Iterator[Tensor]:
+        """The labels of all of them, a piece at a time; no other column is read.
+
+        Raises:
+            ValueError: If a file is missing or damaged.
+        """
+        for piece in self.pieces:
+            yield torch.tensor(_frame(piece, LABEL)[LABEL].to_numpy())
+
     def batches(self, size: int, *, shuffled: bool) -> DataLoader:
         """Batches of all rows, in a new order for each pass or in that of the files.
 
@@ -133,6 +144,24 @@ class _Batches(IterableDataset[Rows]):
         return torch.randperm(count, generator=generator) if self.shuffled else torch.arange(count)
 
 
+def check_numbers(path: Path, limits: Mapping[str, int]) -> None:
+    """Refuses a file where a number of a column is below 0, or not below the limit of that column.
+
+    Row groups whose statistics rule it out are not read.
+
+    Raises:
+        ValueError: If there is one, a column is missing, or the file is missing or damaged.
+    """
+    col = polars().col
+    outside = reduce(or_, ((col(name) < 0) | (col(name) >= limit) for name, limit in limits.items()))
+    for row in _collected(path, lambda rows: rows.filter(outside).select(*limits).head(1)).to_dicts():
+        name, number = next((n, v) for n, v in row.items() if v is not None and not 0 <= v < limits[n])
+        raise ValueError(
+            f"{path} holds {number:,} in column {name}, where numbers from 0 to {limits[name] - 1:,} are expected. "
+            "Prepare the rows again."
+        )
+
+
 def _joined(one: Rows | None, other: Rows) -> Rows:
     return other if one is None else (torch.cat([one[0], other[0]]), torch.cat([one[1], other[1]]))
 
@@ -155,8 +184,10 @@ def _count(path: Path) -> int:
     return _collected(path, lambda rows: rows.select(pl.len())).item()
 
 
-def _frame(piece: _Piece) -> Any:  # noqa: ANN401  polars' frame
-    frame = _collected(piece.path, lambda rows: rows.slice(piece.start, piece.rows))
+def _frame(piece: _Piece, *columns: str) -> Any:  # noqa: ANN401  polars' frame
+    pl = polars()
+    chosen = columns or (pl.all(),)
+    frame = _collected(piece.path, lambda rows: rows.select(*chosen).slice(piece.start, piece.rows))
     if len(frame) < piece.rows:
         raise ValueError(f"{piece.path} has fewer rows than before. Prepare the rows again.")
     return frame
