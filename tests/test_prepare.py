@@ -47,6 +47,19 @@ def by_hand(lines, is_test, least_count):
     return [[int(f[0]) for f in fields], *counts, *columns], sizes
 
 
+def test_ids_are_summed_when_as_many_have_come_as_there_are(monkeypatch):
+    """Blocks that bring few new ids are not all paid for by another pass over those that are known."""
+    counts, truth, sums = _prepare._Counts(), Counter(), []
+    total = _prepare._Counts.total
+    monkeypatch.setattr(_prepare._Counts, "total", lambda self: sums.append(1) or total(self))
+    for block in range(40):
+        ids = range(0, 1000) if block == 0 else range(block * 20, block * 20 + 50)
+        counts.add(pl.DataFrame({"value": list(ids), "count": [2] * len(ids)}))
+        truth.update({value: 2 for value in ids})
+    assert len(sums) <= 4
+    assert dict(counts.total().iter_rows()) == truth
+
+
 @pytest.mark.parametrize("least_count", [1, 9])
 @pytest.mark.parametrize(("name", "opener"), [("t.txt", open), ("t.txt.gz", gzip.open), ("t.txt.xz", lzma.open)])
 def test_prepared_rows_are_those_of_the_file(tmp_path, monkeypatch, least_count, name, opener):

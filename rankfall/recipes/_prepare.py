@@ -201,14 +201,40 @@ Advance = Callable[[int], object]
 
 def _vocabularies(options: PrepareOptions, advance: Advance) -> list[_Vocabulary]:
     pl = polars()
-    counts = [pl.DataFrame(schema={"value": pl.UInt32, "count": pl.UInt32}) for _ in ID_COLUMNS]
+    counts = [_Counts() for _ in ID_COLUMNS]
     for rows, is_test in _blocks(options, advance):
         learned = rows.filter(~pl.Series(is_test))
-        for k, name in enumerate(ID_COLUMNS):
+        for name, of_column in zip(ID_COLUMNS, counts, strict=True):
             seen = learned[name].drop_nulls().value_counts(name="count").rename({name: "value"})
-            both = pl.concat([counts[k], seen.cast({"count": pl.UInt32})])
-            counts[k] = both.group_by("value").agg(pl.col("count").sum())
-    return [_vocabulary(options, name, found) for name, found in zip(ID_COLUMNS, counts, strict=True)]
+            of_column.add(seen)
+    return [_vocabulary(options, name, found.total()) for name, found in zip(ID_COLUMNS, counts, strict=True)]
+
+
+class _Counts:
+    """How often each id of a column was seen.
+
+    What blocks have added is kept apart until it is as long as the sum, and summed then: to go through millions of ids
+    at every block would take longer than to read the block.
+    """
+
+    def __init__(self) -> None:
+        pl = polars()
+        self._schema = {"value": pl.UInt32, "count": pl.UInt32}
+        self._sum = pl.DataFrame(schema=self._schema)
+        self._added: list[Any] = []
+
+    def add(self, seen: Any) -> None:  # noqa: ANN401  polars' frame
+        """Adds the ids of a block, each once, with their counts."""
+        self._added.append(seen.cast(self._schema))
+        if sum(map(len, self._added)) >= len(self._sum):
+            self.total()
+
+    def total(self) -> Any:  # noqa: ANN401  polars' frame
+        """All ids, in any order, with their counts."""
+        pl = polars()
+        parts = pl.concat([self._sum, *self._added])
+        self._sum, self._added = parts.group_by("value").agg(pl.col("count").sum()), []
+        return self._sum
 
 
 def _vocabulary(options: PrepareOptions, name: str, counts: Any) -> _Vocabulary:  # noqa: ANN401  polars' frame
