@@ -55,7 +55,7 @@ def test_ids_are_summed_when_as_many_have_come_as_there_are(monkeypatch):
     for block in range(40):
         ids = range(0, 1000) if block == 0 else range(block * 20, block * 20 + 50)
         counts.add(pl.DataFrame({"value": list(ids), "count": [2] * len(ids)}))
-        truth.update({value: 2 for value in ids})
+        truth.update(dict.fromkeys(ids, 2))
     assert len(sums) <= 4
     assert dict(counts.total().iter_rows()) == truth
 
