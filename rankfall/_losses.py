@@ -14,6 +14,9 @@ State: TypeAlias = Callable[[], AbstractContextManager[object]]
 Agree: TypeAlias = Callable[[Sequence[float]], Sequence[float]]
 
 _FIRST_LOOK = 512  # Examples before the first decision; the next looks come at twice, four times as many, and so on.
+# Examples on which the state between is asked, if they leave doubt: that is the surer of the two ways on, and so many
+# still tell whether the bound was at rest.
+_ENOUGH = 2048
 _SURE = 4.0  # Standard errors after which the rest of the sample is not asked.
 _MUCH_SHARPER = 0.5  # What the standard error has to fall to, for third orders to be worth neglecting.
 
@@ -35,6 +38,11 @@ class Losses:
     def complete(self) -> bool:
         """Whether all examples were asked."""
         return len(self._taken) == len(self._batches)
+
+    @property
+    def size(self) -> float:
+        """How many examples there are, if all batches are like those that were asked."""
+        return self.count * len(self._batches) / len(self._taken)
 
     def first(self, count: int) -> Tensor:
         """The NLL of at least so many examples, or of all; infinity where it is not a number. Shape (n,), float64."""
@@ -87,22 +95,24 @@ def weigh(
     """Whether N (mean(d) + z std(d) / sqrt(n)) < limit, d = NLL of `one` - NLL of `other`, paired by the example.
 
     The sample is asked in growing parts. Once the sum stands so far from the limit that sampling error is ruled out,
-    the rest is not asked, and the bound has that larger margin. Where all of it does not rule it out, the state between
-    is asked as well, if there is one. `agree` makes of numbers those that every process of a run goes by.
+    the rest is not asked, and the bound has that larger margin. Where a good part of it does not rule it out, the state
+    between is asked as well, if there is one. `agree` makes of numbers those that every process of a run goes by.
     """
     count, sure = _FIRST_LOOK, max(_SURE, z)
     while True:
         b, a = other.first(count), one.first(count)
         n = min(len(a), len(b))
         a, b = a[:n], b[:n]
+        complete = one.complete and other.complete
         expected, error = agree(_total(torch.where(a == b, 0.0, a - b), num_data))
-        clear, complete = abs(expected - limit) > sure * error, one.complete and other.complete
-        if clear and not complete:
-            return Verdict(expected, expected + sure * error, expected < limit)
+        # Where the sample is the whole training set, the rest of it will leave no doubt.
+        is_enough = complete or (n >= _ENOUGH and one.size < num_data)
+        if abs(expected - limit) <= sure * error and between is not None and is_enough:
+            expected, error = _sharper(a, b, between(), num_data, (expected, error), agree)
         if complete:
-            if between is not None and not clear:
-                expected, error = _sharper(a, b, between(), num_data, (expected, error), agree)
             return Verdict(expected, expected + z * error, expected + z * error < limit)
+        if abs(expected - limit) > sure * error:
+            return Verdict(expected, expected + sure * error, expected < limit)
         count = 2 * n
 
 

@@ -114,9 +114,15 @@ def test_a_known_first_order_part_is_not_sampled():
     (other, half, one), (_, b) = squares((-2e-5, 0.02), (3e-5, 3e-5))
     verdict = weigh(one, other, DATA, 60.0, z=2.0, between=lambda: Halfway(half, 20.0))
     assert verdict.is_less
-    assert verdict.expected == pytest.approx(20.0 + DATA * float(b.mean()), rel=1e-6)
+    assert one.count == other.count == half.count == 2048
+    assert verdict.expected == pytest.approx(20.0 + DATA * float(b[:2048].mean()), rel=1e-6)
+    error = DATA * float(b[:2048].std()) * (1 / 2048 - 1 / DATA) ** 0.5
+    assert verdict.bound - verdict.expected == pytest.approx(4 * error, rel=1e-6)
+    close = weigh(one, other, DATA, 51.0, z=2.0, between=lambda: Halfway(half, 20.0))
+    assert one.count == N  # Where even that leaves doubt, all are asked.
+    assert close.expected == pytest.approx(20.0 + DATA * float(b.mean()), rel=1e-6)
     error = DATA * float(b.std()) * (1 / N - 1 / DATA) ** 0.5
-    assert verdict.bound - verdict.expected == pytest.approx(2 * error, rel=1e-6)
+    assert close.bound - close.expected == pytest.approx(2 * error, rel=1e-6)
     assert not weigh(one, other, DATA, 60.0, z=2.0).is_less  # The margin alone is 440 nats.
 
 
@@ -125,7 +131,9 @@ def test_two_states_in_both_of_which_something_is_gone():
     (_, other_half, other), (_, c) = squares((-1e-5, 0.02), (1e-5, 1e-5), seed=4)
     both = Halfway(half, 20.0).less(Halfway(other_half, 10.0))
     verdict = weigh(one, other, DATA, 40.0, between=lambda: both)
-    assert verdict.expected == pytest.approx(10.0 + DATA * float((b - c).mean()), rel=1e-6)
+    few = slice(0, one.count)
+    assert one.count == 2048
+    assert verdict.expected == pytest.approx(10.0 + DATA * float((b - c)[few].mean()), rel=1e-6)
     by_one = weigh(one, whole, DATA, 40.0, between=lambda: Halfway(half, 20.0)).expected
     by_other = weigh(other, whole, DATA, 40.0, between=lambda: Halfway(other_half, 10.0)).expected
     assert verdict.expected == pytest.approx(by_one - by_other, rel=1e-6)
