@@ -12,18 +12,7 @@ from torch import Tensor
 from rankfall import _contract
 from rankfall._chain import APART, Joined, chain_rows, is_chain_of_matrices, parts_of
 from rankfall._contract import NARROW, Halves, cut_at, effort_of_mixed, halves, matrices, mixed, part_plan
-from rankfall._einsum import (
-    Axes,
-    Plan,
-    Shapes,
-    contract,
-    cost_of,
-    plan,
-    planned_once,
-    rounded,
-    run,
-    shapes_of,
-)
+from rankfall._einsum import Axes, Plan, Shapes, contract, cost_of, plan, planned_once, rounded, run, shapes_of
 from rankfall._layout import Layout
 from rankfall._rows import OwnRows, Rows, TableRows, may_look_at
 

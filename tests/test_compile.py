@@ -49,14 +49,20 @@ def test_a_bag_with_offsets_is_one_graph(kind):
     torch.testing.assert_close(compiled(IDS[0], offsets), layer(IDS[0], offsets))
 
 
-def test_a_cut_compiles_once_more():
-    layer = rf.nn.Linear(12, 20, format=rf.TT(3), posterior=rf.Point())
+def recorder():
+    """The graphs that are made, and a backend that runs them as they are."""
     graphs = []
 
     def backend(graph, _):
         graphs.append(graph)
         return graph.forward
 
+    return graphs, backend
+
+
+def test_a_cut_compiles_once_more():
+    layer = rf.nn.Linear(12, 20, format=rf.TT(3), posterior=rf.Point())
+    graphs, backend = recorder()
     torch.compiler.reset()
     compiled = torch.compile(layer, fullgraph=True, backend=backend)
     x = torch.ones(6, 12)
@@ -72,12 +78,7 @@ def test_batches_of_any_size_share_few_graphs(name, kind):
     """One for each eightfold of the batch, at most; torch gives up after eight."""
     make, x = LAYERS[name]
     layer = make(kind(3)).eval()
-    graphs = []
-
-    def backend(graph, _):
-        graphs.append(graph)
-        return graph.forward
-
+    graphs, backend = recorder()
     torch.compiler.reset()
     compiled = torch.compile(layer, fullgraph=True, backend=backend)
     for rows in (3, 4, 5, 7, 9, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47):

@@ -16,25 +16,9 @@ from laws import close, drawn, make, naive_dense
 from rankfall import _chain, _lookup, _rows
 from rankfall._einsum import shapes_of
 from rankfall._lookup import digits, reading, readings
+from table_rows import SEED, check_rows, gradients_match, layer_around
 
 SHAPES = [(30, 8), (97, 6), (7, 1), (250, 12)]
-SEED = 3
-
-
-def gradients_match(actual, expected, leaves):
-    direction = torch.randn_like(expected)
-    close(actual, expected)
-    for ours, theirs in zip(
-        torch.autograd.grad(actual, leaves, direction, allow_unused=True, materialize_grads=True),
-        torch.autograd.grad(expected, leaves, direction, allow_unused=True, materialize_grads=True),
-        strict=True,
-    ):
-        close(ours, theirs)
-
-
-def layer_around(weight, cls=rf.nn.Embedding, **options):
-    dense = (nn.Embedding if cls is rf.nn.Embedding else nn.EmbeddingBag)(*weight.shape, device="meta", **options)
-    return cls.around(weight, dense)
 
 
 @pytest.fixture(params=[False, True], ids=["distinct ids", "ids as they came"])
@@ -49,14 +33,6 @@ def as_on_a_gpu(request, monkeypatch):
     for module in (_lookup, _chain):
         monkeypatch.setattr(module, "may_look_at", lambda _: False)
     monkeypatch.setattr(_lookup, "reading", reading_rows)
-
-
-def check_rows(t, ids):
-    layer = layer_around(t)
-    for mode in (layer.train(), layer.eval()):
-        expected = F.embedding(ids, naive_dense(t, drawn(t, SEED)))
-        torch.manual_seed(SEED)
-        gradients_match(mode(ids), expected, [*t.factors, *(t.log_stds if t.training else [])])
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
@@ -109,25 +85,6 @@ def test_all_ways_give_the_same_rows_and_bags(kind, shape, looks, monkeypatch):
             if padding is not None:
                 expected = expected.masked_fill((ids == padding).unsqueeze(1), 0.0)
             gradients_match(layer(ids), expected, list(t.factors))
-
-
-@pytest.mark.parametrize(
-    ("p", "q", "s", "filled"),
-    [(16, 3, 8, 4), (16, 2, 8, 4), (4, 4, 16, 7), (4, 3, 12, 3), (16, 4, 8, 4), (16, 0, 8, 0)],
-)
-def test_small_products_are_filled_up_to_where_torch_is_fast(p, q, s, filled, monkeypatch):
-    inner, bmm = [], torch.bmm
-    monkeypatch.setattr(torch, "bmm", lambda a, b: inner.append(b.shape[1]) or bmm(a, b))
-    left = torch.randn(9, p, q, dtype=torch.float64, requires_grad=True)
-    matrices, which = torch.randn(5, q, s, dtype=torch.float64, requires_grad=True), torch.arange(9) % 4
-    found, wanted = _chain._times_own(left, matrices, which), left @ matrices[which]
-    assert inner == [filled]
-    torch.testing.assert_close(found, wanted)
-    direction = torch.randn_like(wanted)
-    for ours, theirs in zip(
-        *(torch.autograd.grad(y, [left, matrices], direction) for y in (found, wanted)), strict=True
-    ):
-        torch.testing.assert_close(ours, theirs)
 
 
 @settings(max_examples=25, deadline=None)
@@ -190,51 +147,6 @@ def test_the_cheap_way_is_found(kind):
     shapes = layout.factor_shapes(kind(4).start_ranks(layout))
     assert not reading(layout, shapes, 1, 1).forms_table
     assert reading(layout, shapes, 1 << 17, 1 << 17).forms_table
-
-
-@pytest.mark.parametrize("skewed", [False, True])
-def test_rows_that_share_a_matrix_are_multiplied_together(skewed, monkeypatch):
-    monkeypatch.setattr(_chain, "_LARGE_SLICE", 1)
-    monkeypatch.setattr(_chain, "power_of_two", lambda n: 4)
-    t = make(rf.TTM(3, out_modes=(40, 3, 5), in_modes=(2, 2, 3)), (600, 12))
-    seated = []
-    seats = _chain._seats
-    monkeypatch.setattr(_chain, "_seats", lambda *a: seated.append(a) or seats(*a))
-    monkeypatch.setattr(_lookup, "reading", lambda *_: _lookup.Reading(False, None, 0, 0))
-    ids = torch.randint(600, (200,))
-    check_rows(t, ids // 15 * 15 + 7 if skewed else ids)
-    assert len(seated) >= 4
-
-
-@pytest.mark.usefixtures("as_on_a_gpu")
-@pytest.mark.parametrize("rank", [0, 3])
-@pytest.mark.parametrize("joined", [(1, 1), (2, 1), (1, 2), (2, 2), (3, 1), (1, 3)], ids=str)
-def test_the_ends_of_a_chain_may_be_joined(joined, rank, monkeypatch):
-    t = make(rf.TTM(3, out_modes=(3, 2, 4, 5), in_modes=(2, 1, 2, 3)), (113, 11))
-    t.keep_slices_("r2", torch.arange(rank))
-    monkeypatch.setattr(_lookup, "reading", lambda *_: _lookup.Reading(False, None, 0, 0, joined))
-    check_rows(t, torch.randint(113, (50,)))
-
-
-def test_ends_are_joined_where_they_have_few_rows():
-    """A hundred rows or ten thousand at an end, in place of a product for each of 65,536 ids."""
-    format = rf.TTM(16, out_modes=(100, 100, 100), in_modes=(4, 4, 4))
-    layout = format.layout((10**6, 64))
-    shapes = layout.factor_shapes({"r1": 16, "r2": 16})
-    many, few = (reading(layout, shapes, ids, ids) for ids in (65_536, 4096))
-    assert not many.forms_table
-    assert many.joined in ((2, 1), (1, 2))
-    assert few.joined == (1, 1)
-    assert many.described() == "the distinct rows of joined factors"
-
-
-@given(which=st.lists(st.integers(0, 6), max_size=40), together=st.integers(1, 8))
-def test_nobody_shares_a_seat_and_tables_are_of_one_group(which, together):
-    which = torch.tensor(which, dtype=torch.int64)
-    place, owner = _chain._seats(which, 7, together)
-    assert len(place.unique()) == len(which)
-    assert torch.equal(owner[place // together], which)
-    assert len(owner) <= len(which)
 
 
 def test_bags_are_reduced_before_they_are_widened():
