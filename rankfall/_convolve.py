@@ -12,11 +12,16 @@ from torch import Tensor
 from rankfall import _contract
 from rankfall._einsum import Axes, contract, cost_of, planned_once, rounded, shapes_of
 from rankfall._layout import Layout
+from rankfall._machine import machine
 
 Sizes: TypeAlias = tuple[int, ...]
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-# A convolution that keeps channels apart reaches about this fraction of the speed of one that mixes them.
-_SPEED_OF_GROUPS = 0.1
+# Measured by benchmarks/planner_convs.py. Convolutions that keep channels apart take so many times as long for an
+# operation: single channels, or small groups of them.
+_SLOWER_ALONE, _SLOWER_IN_GROUPS = 5, 60
+_BLOCK = 8  # Channels stand in blocks of so many, of which the last is filled up.
+_NARROW = 2  # So many channels more are as if they were there, on either side.
+_COPIES = 1.7  # Numbers are also brought into blocks and back.
 
 
 @dataclass(frozen=True)
@@ -40,24 +45,29 @@ class Geometry:
 
 @dataclass(frozen=True)
 class ConvPlan:
-    """The way in which one convolution is carried out.
+    """One way to carry out a convolution.
 
     Attributes:
         maps_in: Whether a 1 x 1 convolution by the factors of in-channels comes first.
         maps_out: Whether a 1 x 1 convolution by the factors of out-channels comes last.
         flops: Multiplications and additions of all steps.
-        dense_flops: Those of the dense layer.
+        cost: Time, in floating-point operations.
     """
 
     maps_in: bool
     maps_out: bool
     flops: int
-    dense_flops: int
+    cost: int
 
     @property
     def forms_weight(self) -> bool:
         """Whether the whole kernel is formed."""
         return not (self.maps_in or self.maps_out)
+
+    def described(self) -> str:
+        """The way in words."""
+        maps = " and ".join(word for word, is_there in (("before", self.maps_in), ("after", self.maps_out)) if is_there)
+        return f"by 1 x 1 convolutions {maps} a small one" if maps else "by the formed kernel"
 
 
 @dataclass(frozen=True)
@@ -134,7 +144,28 @@ def parts_of(layout: Layout, maps_in: bool, maps_out: bool) -> Parts | None:
 def conv_plan(
     layout: Layout, ranks: tuple[tuple[str, int], ...], groups: int, points_in: int, points_out: int
 ) -> ConvPlan:
-    """The cheapest way to convolve: one of four, with and without a map of channels before and after.
+    """The cheapest way to convolve; see `conv_ways`."""
+    return min(conv_ways(layout, ranks, groups, points_in, points_out), key=lambda way: way.cost)
+
+
+def plan_of_points(layout: Layout, ranks: tuple[tuple[str, int], ...], geometry: Geometry, points_in: int) -> ConvPlan:
+    """What `convolve` does with so many points: chosen for a rounded number of them, counted for the true one."""
+    chosen = _chosen(layout, ranks, geometry, points_in)
+    points_out = points_in // math.prod(geometry.stride)
+    ways = conv_ways(layout, ranks, geometry.groups, points_in, points_out)
+    return next(way for way in ways if (way.maps_in, way.maps_out) == (chosen.maps_in, chosen.maps_out))
+
+
+def _chosen(layout: Layout, ranks: tuple[tuple[str, int], ...], geometry: Geometry, points_in: int) -> ConvPlan:
+    points_in = rounded(points_in)
+    points_out = rounded(points_in // math.prod(geometry.stride))
+    return conv_plan(layout, ranks, geometry.groups, points_in, points_out)
+
+
+def conv_ways(
+    layout: Layout, ranks: tuple[tuple[str, int], ...], groups: int, points_in: int, points_out: int
+) -> list[ConvPlan]:
+    """All ways that a layout has: with and without a map of channels before and after.
 
     Args:
         layout: A layout with the axes of torch's kernel: out-channels, in-channels of a group, spatial dimensions.
@@ -146,12 +177,11 @@ def conv_plan(
     sizes = layout.mode_sizes | dict(ranks)
     out_channels, in_channels, *kernel = layout.shape
     area = math.prod(kernel)
-    dense = 2 * points_out * out_channels * in_channels * area
-    shapes = layout.factor_shapes(dict(ranks))
-    formed = _contract.dense_plan(layout, shapes)
-    best, least = ConvPlan(False, False, dense + formed.flops, dense), dense + formed.cost
+    formed = _contract.dense_plan(layout, layout.factor_shapes(dict(ranks)))
+    flops = 2 * points_out * out_channels * in_channels * area + formed.flops
+    ways = [ConvPlan(False, False, flops, _dense_cost(layout, groups, points_in, points_out) + formed.cost)]
     if groups > 1 or 0 in dict(ranks).values():
-        return best
+        return ways
     for maps_in, maps_out in ((True, False), (False, True), (True, True)):
         parts = parts_of(layout, maps_in, maps_out)
         if parts is None:
@@ -161,14 +191,49 @@ def conv_plan(
         )
         wide_in = apart * entering if maps_in else in_channels
         wide_out = apart * leaving if maps_out else out_channels
-        first = 2 * points_in * in_channels * wide_in if maps_in else 0
-        last = 2 * points_out * out_channels * wide_out if maps_out else 0
-        middle = 2 * points_out * wide_in * wide_out // apart * area
-        moved = 2 * (points_in * wide_in * maps_in + points_out * wide_out * maps_out)
-        cost = first + last + (middle if apart == 1 else round(middle / _SPEED_OF_GROUPS)) + cost_of(0, moved)
-        if cost < least:
-            best, least = ConvPlan(maps_in, maps_out, first + middle + last, dense), cost
-    return best
+        slid = [_Slide(points_out, wide_in, wide_out, apart, area)]
+        slid += [_Slide(points_in, in_channels, wide_in)] if maps_in else []
+        slid += [_Slide(points_out, wide_out, out_channels)] if maps_out else []
+        moved = points_in * (in_channels + 2 * wide_in * maps_in)
+        moved += points_out * (out_channels + 2 * wide_out * maps_out)
+        cost = cost_of(round(sum(one.effort for one in slid)), round(_COPIES * moved))
+        ways.append(ConvPlan(maps_in, maps_out, sum(one.flops for one in slid), cost))
+    return ways
+
+
+class _Slide(NamedTuple):
+    """One convolution of a sequence: points of its output, channels in and out, groups, and points of its kernel."""
+
+    points: int
+    wide_in: int
+    wide_out: int
+    groups: int = 1
+    area: int = 1
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.points * self.wide_in * self.wide_out // self.groups * self.area
+
+    @property
+    def effort(self) -> float:
+        """Operations of one large matrix product that take as long."""
+        slowness = machine().slowness_of_convolutions
+        if self.groups > 1:
+            alone = self.wide_in == self.wide_out == self.groups
+            return slowness * self.flops * (_SLOWER_ALONE if alone else _SLOWER_IN_GROUPS)
+        blocks = [-(-n // _BLOCK) * _BLOCK + _NARROW for n in (self.wide_in, self.wide_out)]
+        return slowness * 2 * self.points * self.area * math.prod(blocks)
+
+
+def dense_conv_cost(layout: Layout, geometry: Geometry, points_in: int) -> int:
+    """The time of the dense layer, in floating-point operations."""
+    return _dense_cost(layout, geometry.groups, points_in, points_in // math.prod(geometry.stride))
+
+
+def _dense_cost(layout: Layout, groups: int, points_in: int, points_out: int) -> int:
+    out_channels, in_channels, *kernel = layout.shape
+    slid = _Slide(points_out, in_channels * groups, out_channels, groups, math.prod(kernel))
+    return cost_of(round(slid.effort), round(_COPIES * (points_in * slid.wide_in + points_out * out_channels)))
 
 
 def convolve(layout: Layout, factors: Sequence[Tensor], x: Tensor, geometry: Geometry) -> Tensor:
@@ -181,9 +246,7 @@ def convolve(layout: Layout, factors: Sequence[Tensor], x: Tensor, geometry: Geo
         geometry: How the kernel moves.
     """
     ranks = tuple(layout.ranks(shapes_of(factors)).items())
-    points_in = rounded(x.shape[0] * math.prod(x.shape[2:]))
-    points_out = rounded(points_in // math.prod(geometry.stride))
-    plan = conv_plan(layout, ranks, geometry.groups, points_in, points_out)
+    plan = _chosen(layout, ranks, geometry, x.shape[0] * math.prod(x.shape[2:]))
     return convolve_by(layout, factors, x, geometry, (plan.maps_in, plan.maps_out))
 
 

@@ -2,35 +2,30 @@
 """What a tensorized model will cost, counted before it is trained."""
 
 import copy
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from rankfall._conversions import conversion_of
-from rankfall._convolve import conv_plan
-from rankfall._einsum import BATCH, Plan, Shapes, cost_of, rounded, shapes_of
+from rankfall._einsum import shapes_of
 from rankfall._formats import Format
-from rankfall._lookup import reading, readings
-from rankfall._machine import machine
-from rankfall._matmul import Way, linear_plan, linear_way, linear_ways
+from rankfall._matmul import way_of_rows
 from rankfall._summary import Summary, summary
 from rankfall._tensorize import tensorize_
-from rankfall.nn import Conv1d, Conv2d, Conv3d, Embedding, EmbeddingBag, Linear
+from rankfall.nn import Linear
+from rankfall.nn._planned import Expected, Planned
 
 _COPIES, _BYTES = 4, 4  # Adam keeps a parameter, its gradient and two moments, four bytes each in float32.
 _TIMES_WIDTH = 30  # Columns of what a layer and the dense one take.
 
 Example: TypeAlias = tuple[Any, ...]
-_Conv: TypeAlias = Conv1d | Conv2d | Conv3d
-_Planned: TypeAlias = Linear | Embedding | EmbeddingBag | _Conv
 
 
 @dataclass(frozen=True)
@@ -42,8 +37,7 @@ class LayerCosts:
         flops: Multiplications and additions of one batch, as they are planned.
         dense_flops: The same by the dense layer.
         way: How it is done, for linear layers, embeddings and convolutions: what their planners choose at these ranks.
-        seconds: What the planner expects its forward pass to take on this computer; None for convolutions, and without
-            a way.
+        seconds: What the planner expects its forward pass to take on this computer; None without a way.
         dense_seconds: The same of the dense layer.
     """
 
@@ -136,7 +130,7 @@ def costs(model: nn.Module, format: Format, *, batch_size: int = 128, example: E
     compact = tensorize_(copy.deepcopy(dense), format)
     count = partial(_planned, batch_size=batch_size) if example is None else partial(_counted, example=example)
     before, after = count(dense), count(compact)
-    ways = _ways_of_rows(compact, batch_size) if example is None else _ways_of_example(compact, example)
+    ways = _ways(compact, batch_size if example is None else None)
     layers = tuple(
         _layer_costs(path, after[path], before[path], ways.get(path))
         for path in paths
@@ -158,107 +152,27 @@ def _planned(model: nn.Module, batch_size: int) -> dict[str, int]:
     found = {}
     for path, layer in model.named_modules():
         if isinstance(layer, Linear):
-            found[path] = _linear_way(layer, batch_size).flops
+            found[path] = way_of_rows(layer.weight.layout, shapes_of(layer.weight.factors), batch_size).flops
         elif type(layer) is nn.Linear:
             found[path] = 2 * batch_size * layer.in_features * layer.out_features
     return found
 
 
-# (what is done, its cost and that of the dense layer in operations, None where a planner does not tell)
-_Chosen: TypeAlias = tuple[str, int | None, int | None]
-
-
-def _layer_costs(path: str, flops: int, dense_flops: int, chosen: _Chosen | None) -> LayerCosts:
+def _layer_costs(path: str, flops: int, dense_flops: int, chosen: Expected | None) -> LayerCosts:
     if chosen is None:
         return LayerCosts(path, flops, dense_flops)
-    way, *both = chosen
-    seconds, dense_seconds = (None if cost is None else cost / machine().flops for cost in both)
-    return LayerCosts(path, flops, dense_flops, way, seconds, dense_seconds)
+    return LayerCosts(path, flops, dense_flops, chosen.way, chosen.seconds, chosen.dense_seconds)
 
 
-def _ways_of_rows(model: nn.Module, rows: int) -> dict[str, _Chosen]:
-    return {path: _of_linear(layer, rows) for path, layer in model.named_modules() if isinstance(layer, Linear)}
-
-
-def _ways_of_example(model: nn.Module, example: Example) -> dict[str, _Chosen]:
-    """What linear layers, embeddings and convolutions choose for the inputs that reach them."""
-    found: dict[str, _Chosen] = {}
-
-    def look(layer: nn.Module, inputs: Example, named: dict[str, Any], *, path: str) -> None:
-        if isinstance(layer, _Planned):
-            found[path] = _of_input(layer, *inputs, **named)
-
-    handles = [
-        layer.register_forward_pre_hook(partial(look, path=path), with_kwargs=True)
-        for path, layer in model.named_modules()
-    ]
-    try:
-        with torch.no_grad():
-            model(*example)
-    finally:
-        for handle in handles:
-            handle.remove()
+def _ways(model: nn.Module, rows: int | None) -> dict[str, Expected]:
+    """What layers choose: linear ones for so many rows, or all for what they were given last."""
+    found = {}
+    for path, layer in model.named_modules():
+        if rows is not None and isinstance(layer, Linear):
+            found[path] = layer.expected(rows)
+        elif rows is None and isinstance(layer, Planned) and layer.seen:
+            found[path] = layer.expected(*layer.seen)
     return found
-
-
-def _of_input(layer: _Planned, input: Tensor, offsets: Tensor | None = None, *_: object, **__: object) -> _Chosen:
-    """What a layer chooses for the arguments of its forward pass."""
-    if isinstance(layer, Linear):
-        return _of_linear(layer, math.prod(input.shape[:-1]))
-    if isinstance(layer, Embedding):
-        return _of_table(layer, input.numel(), input.numel())
-    if isinstance(layer, EmbeddingBag):
-        return _of_table(layer, input.numel(), len(input if offsets is None else offsets))
-    return _of_convolution(layer, input.numel() // layer.in_channels)
-
-
-def _linear_way(layer: Linear, rows: int) -> Way:
-    """The way is chosen for a rounded number of rows, as when the layer runs; it is counted for the true number."""
-    layout, shapes = layer.weight.layout, shapes_of(layer.weight.factors)
-    chosen = linear_way(layout, shapes, rounded(rows))
-    if chosen.kind != "steps":
-        return next(way for way in linear_ways(layout, shapes, rows) if way.is_like(chosen))
-    # The order of steps is planned for a rounded number whatever it is asked for.
-    plan = linear_plan(layout, shapes, rows)
-    flops, elements = _counted_in_steps(plan, ((rows, *layout.modes[1]), *shapes))
-    return replace(chosen, flops=flops, effort=flops, elements=chosen.elements * elements // plan.elements)
-
-
-def _counted_in_steps(plan: Plan, shapes: Shapes) -> tuple[int, int]:
-    """Operations and elements of a plan, carried out on tensors of other sizes than it was made for."""
-    pending, flops, elements = list(shapes), 0, 0
-    for positions, equation in plan.steps:
-        names, kept = equation.replace(BATCH, ".").split("->")
-        taken = [dict(zip(axes, pending[k], strict=True)) for axes, k in zip(names.split(","), positions, strict=True)]
-        size = {name: n for tensor in taken for name, n in tensor.items()}
-        pending = [shape for k, shape in enumerate(pending) if k not in positions] + [tuple(size[n] for n in kept)]
-        flops += math.prod(size.values()) * (2 if len(size) > len(kept) else 1) if len(taken) > 1 else 0
-        elements += sum(math.prod(tensor.values()) for tensor in taken) + math.prod(pending[-1])
-    return flops, elements
-
-
-def _of_linear(layer: Linear, rows: int) -> _Chosen:
-    way, (out, width) = _linear_way(layer, rows), layer.weight.shape
-    dense_cost = cost_of(2 * rows * out * width, out * width + rows * (out + width))
-    return way.described(layer.weight.layout), way.cost, dense_cost
-
-
-def _of_table(layer: Embedding | EmbeddingBag, ids: int, outputs: int) -> _Chosen:
-    layout, shapes = layer.weight.layout, shapes_of(layer.weight.factors)
-    chosen = reading(layout, shapes, rounded(ids), rounded(outputs))
-    # As of linear layers: chosen for rounded numbers, counted for the true ones.
-    way = next(w for w in readings(layout, shapes, ids, outputs) if replace(w, cost=chosen.cost) == chosen)
-    return way.described(), way.cost, cost_of(0, 2 * ids * layout.shape[1])
-
-
-def _of_convolution(layer: _Conv, points: int) -> _Chosen:
-    layout = layer.weight.layout
-    # Rounded as `convolve` rounds them. Its planner compares costs, but keeps none.
-    points_in = rounded(points)
-    points_out = rounded(points_in // math.prod(layer.stride))
-    plan = conv_plan(layout, tuple(layer.weight.ranks.items()), layer.groups, points_in, points_out)
-    maps = " and ".join(word for word, is_there in (("before", plan.maps_in), ("after", plan.maps_out)) if is_there)
-    return f"1 x 1 convolutions {maps} a small one" if maps else "by the formed kernel", None, None
 
 
 def _counted(model: nn.Module, example: Example) -> Mapping[str, int]:

@@ -104,6 +104,19 @@ def rounded(count: int) -> int:
     return -(-max(count, 1) // step) * step
 
 
+def counted_in_steps(plan: Plan, shapes: Shapes) -> tuple[int, int]:
+    """Operations and elements of a plan, carried out on tensors of other sizes than it was made for."""
+    pending, flops, elements = list(shapes), 0, 0
+    for positions, equation in plan.steps:
+        names, kept = equation.replace(BATCH, ".").split("->")
+        taken = [dict(zip(axes, pending[k], strict=True)) for axes, k in zip(names.split(","), positions, strict=True)]
+        size = {name: n for tensor in taken for name, n in tensor.items()}
+        pending = [shape for k, shape in enumerate(pending) if k not in positions] + [tuple(size[n] for n in kept)]
+        flops += math.prod(size.values()) * (2 if len(size) > len(kept) else 1) if len(taken) > 1 else 0
+        elements += sum(math.prod(tensor.values()) for tensor in taken) + math.prod(pending[-1])
+    return flops, elements
+
+
 def _equation(inputs: Sequence[Axes], output: Axes) -> str:
     # Letters are given out afresh per step, so a network may have more than 52 names.
     names = dict.fromkeys(name for axes in (*inputs, output) for name in axes if name != BATCH)

@@ -3,7 +3,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -94,6 +94,12 @@ class Reading:
 def reading(layout: Layout, shapes: Shapes, ids: int, outputs: int) -> Reading:
     """The cheapest way to read so many ids and to reduce them to so many outputs; see `readings`."""
     return min(readings(layout, shapes, ids, outputs), key=lambda way: way.cost)
+
+
+def reading_of_ids(layout: Layout, shapes: Shapes, ids: int, outputs: int) -> Reading:
+    """What `read` does with so many ids: chosen for rounded numbers, its cost counted for the true ones."""
+    chosen = reading(layout, shapes, rounded(ids), rounded(outputs))
+    return next(w for w in readings(layout, shapes, ids, outputs) if replace(w, cost=chosen.cost) == chosen)
 
 
 def readings(layout: Layout, shapes: Shapes, ids: int, outputs: int) -> list[Reading]:

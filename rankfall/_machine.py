@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from rankfall._files import write_atomic
 
@@ -28,16 +29,23 @@ class Machine:
         elements: Numbers per second that a large copy into another order of axes reads or writes. What moves beside
             products is seldom a plain copy, which can be three times as fast.
         call: Seconds that each product of a batch of the smallest takes.
+        convolved: Operations per second of one large convolution, which other kernels do than matrix products.
     """
 
     flops: float = 100e9
     elements: float = 4e9
     call: float = 1e-7
+    convolved: float = 200e9
 
     @property
     def flops_per_element(self) -> int:
         """How many operations take as long as moving one number, at least 1."""
         return max(1, round(self.flops / self.elements))
+
+    @property
+    def slowness_of_convolutions(self) -> float:
+        """How many operations of one large product take as long as one of a large convolution."""
+        return self.flops / self.convolved
 
     @property
     def flops_per_call(self) -> int:
@@ -142,7 +150,10 @@ def _measured() -> Machine:
     elements = 2 * many.numel() / _seconds(lambda: other.copy_(many.mT))
     small = torch.rand(1 << 12, 8, 8, device="cpu")
     call = _seconds(lambda: torch.bmm(small, small)) / len(small)
-    return _plausible(Machine(flops, elements, call))
+    pictures, kernel = torch.rand(16, 64, 32, 32, device="cpu"), torch.rand(64, 64, 3, 3, device="cpu")
+    slid = F.conv2d(pictures, kernel)
+    convolved = 2 * slid.numel() * kernel[0].numel() / _seconds(lambda: F.conv2d(pictures, kernel))
+    return _plausible(Machine(flops, elements, call, convolved))
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -3,7 +3,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -23,7 +23,19 @@ from rankfall._contract import (
     plan_of_halves,
     thin_matrices,
 )
-from rankfall._einsum import BATCH, Plan, Shapes, contract, cost_of, plan, planned_once, rounded, run, shapes_of
+from rankfall._einsum import (
+    BATCH,
+    Plan,
+    Shapes,
+    contract,
+    cost_of,
+    counted_in_steps,
+    plan,
+    planned_once,
+    rounded,
+    run,
+    shapes_of,
+)
 from rankfall._layout import Layout
 
 
@@ -85,6 +97,23 @@ _COPIES = 2.5
 def linear_way(layout: Layout, shapes: Shapes, rows: int) -> Way:
     """The cheapest way to multiply so many vectors by a matrix in factors; see `linear_ways`."""
     return min(linear_ways(layout, shapes, rows), key=lambda way: way.cost)
+
+
+def way_of_rows(layout: Layout, shapes: Shapes, rows: int) -> Way:
+    """What `linear` does with so many vectors: chosen for a rounded number of them, counted for the true one."""
+    chosen = linear_way(layout, shapes, rounded(rows))
+    if chosen.kind != "steps":
+        return next(way for way in linear_ways(layout, shapes, rows) if way.is_like(chosen))
+    # The order of steps is planned for a rounded number whatever it is asked for.
+    steps = linear_plan(layout, shapes, rows)
+    flops, elements = counted_in_steps(steps, ((rows, *layout.modes[1]), *shapes))
+    return replace(chosen, flops=flops, effort=flops, elements=chosen.elements * elements // steps.elements)
+
+
+def dense_cost(layout: Layout, rows: int) -> int:
+    """The time of so many vectors times a dense matrix, in floating-point operations."""
+    out, width = layout.shape
+    return cost_of(2 * rows * out * width, out * width + rows * (out + width))
 
 
 def linear_ways(layout: Layout, shapes: Shapes, rows: int) -> list[Way]:

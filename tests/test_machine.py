@@ -87,7 +87,7 @@ def test_figures_that_are_not_of_this_machine_or_make_no_sense(change):
 
 def test_what_was_measured_beside_other_work_is_bounded(monkeypatch):
     monkeypatch.setattr(_machine, "_seconds", lambda work: 1.0)
-    assert _machine._measured() == Machine(USUAL.flops / 8, USUAL.elements / 8, USUAL.call * 8)
+    assert _machine._measured() == Machine(USUAL.flops / 8, USUAL.elements / 8, USUAL.call * 8, USUAL.convolved / 8)
 
 
 def test_plans_follow_the_figures():

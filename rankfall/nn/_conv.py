@@ -8,11 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rankfall._convolve import Geometry, convolve
+from rankfall._convolve import Geometry, convolve, dense_conv_cost, plan_of_points
 from rankfall._formats import Format
 from rankfall._posteriors import Posterior
 from rankfall._priors import Prior
 from rankfall._tensor import LowRankTensor
+from rankfall.nn._planned import Expected, Planned, counted
 
 _Size: TypeAlias = int | tuple[int, ...]
 _Padding: TypeAlias = _Size | Literal["same", "valid"]
@@ -22,7 +23,7 @@ _PaddingMode: TypeAlias = Literal["zeros", "reflect", "replicate", "circular"]
 _Layer = TypeVar("_Layer", bound="_Conv")  # Not typing.Self: checkers of single methods refuse it.
 
 
-class _Conv(nn.Module):
+class _Conv(Planned):
     """What the convolutions share; `_dense` is torch's layer, which checks and completes their arguments."""
 
     _dense: ClassVar[type[nn.Conv1d | nn.Conv2d | nn.Conv3d]]
@@ -139,10 +140,18 @@ class _Conv(nn.Module):
                 f"Give it the shape (batch, {self.in_channels}, {spatial})."
             )
         batched = input if input.dim() == dims + 2 else input.unsqueeze(0)
+        self._see(batched.numel() // self.in_channels)
         y = convolve(self.weight.layout, self.weight.drawn(), batched, self.geometry)
         y = y if input.dim() == dims + 2 else y.squeeze(0)
         # Under autocast y has the narrow type, which the bias must not widen again.
         return y if self.bias is None else y + self.bias.to(y.dtype).reshape(-1, *[1] * dims)
+
+    def expected(self, *sizes: int) -> Expected:
+        """What a forward pass over so many points (batch times positions) does at the current ranks, and its time."""
+        (points,), layout, geometry = sizes, self.weight.layout, self.geometry
+        plan = plan_of_points(layout, tuple(self.weight.ranks.items()), geometry, points)
+        dense = dense_conv_cost(layout, geometry, points)
+        return Expected(counted(points, "point"), plan.described(), plan.cost, dense)
 
     def __repr__(self) -> str:
         ones, none = (1,) * len(self.stride), (0,) * len(self.stride)
@@ -151,7 +160,7 @@ class _Conv(nn.Module):
         shown = "".join(f"{name}={value}, " for name, value in {"stride": self.stride, **options}.items())
         return (
             f"{type(self).__name__}({self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, {shown}"
-            f"bias={self.bias is not None}, {self.weight.describe()})"
+            f"bias={self.bias is not None}, {self._described()})"
         )
 
 

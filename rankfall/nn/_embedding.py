@@ -8,13 +8,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from rankfall._einsum import cost_of, shapes_of
 from rankfall._formats import Format
-from rankfall._lookup import read
+from rankfall._lookup import read, reading_of_ids
 from rankfall._posteriors import Posterior
 from rankfall._priors import Prior
 from rankfall._rows import Bags
 from rankfall._tensor import LowRankTensor
 from rankfall.nn._ids import check_ids, check_offsets, check_weights, left
+from rankfall.nn._planned import Expected, Planned, counted
 
 _Device: TypeAlias = torch.device | str | None
 INITIAL_STD = 1.0
@@ -24,7 +26,28 @@ INITIAL_SHARE = 0.9
 """A digit of a row's id should have something to say from the start, whatever the others are."""
 
 
-class Embedding(nn.Module):
+class _Table(Planned):
+    """What both share: rows of a low-rank matrix."""
+
+    @property
+    def num_embeddings(self) -> int:
+        """Number of rows."""
+        return self.weight.shape[0]
+
+    @property
+    def embedding_dim(self) -> int:
+        """Width of a row."""
+        return self.weight.shape[1]
+
+    def expected(self, *sizes: int) -> Expected:
+        """What a forward pass of so many ids, and of so many rows or bags, does at the current ranks, and its time."""
+        (ids, outputs), layout = sizes, self.weight.layout
+        way = reading_of_ids(layout, shapes_of(self.weight.factors), ids, outputs)
+        batch = counted(ids, "id") + f" in {counted(outputs, 'bag')}" * (outputs != ids)
+        return Expected(f"{batch} by", way.described(), way.cost, cost_of(0, 2 * ids * layout.shape[1]))
+
+
+class Embedding(_Table):
     """Row `id` of W for every id, W (num_embeddings x embedding_dim) a low-rank tensor; torch.nn.Embedding otherwise.
 
     Row ids become one digit per row mode. Each distinct id of a call is computed once (on a GPU, which would have to be
@@ -130,19 +153,10 @@ class Embedding(nn.Module):
         row = None if self.padding_idx is None else module.weight[self.padding_idx].detach().clone()
         self.padding_row = row if row is not None and bool(row.any()) else None
 
-    @property
-    def num_embeddings(self) -> int:
-        """Number of rows."""
-        return self.weight.shape[0]
-
-    @property
-    def embedding_dim(self) -> int:
-        """Width of a row."""
-        return self.weight.shape[1]
-
     def forward(self, input: Int[Tensor, "*ids"]) -> Float[Tensor, "*ids embedding_dim"]:
         """The rows of the ids."""
         check_ids(self.weight, input, "Embedding")
+        self._see(input.numel(), input.numel())
         ids, gone = left(self.weight, input)
         rows = read(self.weight.layout, self.weight.drawn(), ids)
         if self.padding_idx is not None:
@@ -156,10 +170,10 @@ class Embedding(nn.Module):
 
     def __repr__(self) -> str:
         padding = "" if self.padding_idx is None else f"padding_idx={self.padding_idx}, "
-        return f"Embedding({self.num_embeddings}, {self.embedding_dim}, {padding}{self.weight.describe()})"
+        return f"Embedding({self.num_embeddings}, {self.embedding_dim}, {padding}{self._described()})"
 
 
-class EmbeddingBag(nn.Module):
+class EmbeddingBag(_Table):
     """Sum or mean of the rows of each bag of ids, W a low-rank tensor; torch.nn.EmbeddingBag otherwise.
 
     On a CPU each distinct id of a call is computed once, however many bags hold it, and bags are reduced before the
@@ -257,16 +271,6 @@ class EmbeddingBag(nn.Module):
         _becomes_table(weight, module.padding_idx)
         return self
 
-    @property
-    def num_embeddings(self) -> int:
-        """Number of rows."""
-        return self.weight.shape[0]
-
-    @property
-    def embedding_dim(self) -> int:
-        """Width of a row."""
-        return self.weight.shape[1]
-
     def forward(
         self,
         input: Int[Tensor, "*ids"],
@@ -284,13 +288,14 @@ class EmbeddingBag(nn.Module):
         check_weights(self.weight, self.mode, input, per_sample_weights)
         check_ids(self.weight, input, "EmbeddingBag")
         bags = len(input if offsets is None else offsets)
+        self._see(input.numel(), bags)
         ids, gone = left(self.weight, input)
         rows = read(self.weight.layout, self.weight.drawn(), ids, bags).with_zeros(gone)
         how = Bags(offsets, self.include_last_offset, self.mode, self.padding_idx, per_sample_weights)
         return rows.widened(rows.reduced(how)).to(self.weight.dtype)
 
     def __repr__(self) -> str:
-        return f"EmbeddingBag({self.num_embeddings}, {self.embedding_dim}, {self.mode!r}, {self.weight.describe()})"
+        return f"EmbeddingBag({self.num_embeddings}, {self.embedding_dim}, {self.mode!r}, {self._described()})"
 
 
 def _expect_padding_row(layer: nn.Module, state: Mapping[str, Any], prefix: str, *_: object) -> None:

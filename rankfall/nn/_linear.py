@@ -7,13 +7,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rankfall._einsum import shapes_of
 from rankfall._formats import Format
+from rankfall._matmul import dense_cost, way_of_rows
 from rankfall._posteriors import Posterior
 from rankfall._priors import Prior
 from rankfall._tensor import LowRankTensor
+from rankfall.nn._planned import Expected, Planned, counted
 
 
-class Linear(nn.Module):
+class Linear(Planned):
     """y = x @ W.T + bias with W (out_features x in_features) a low-rank tensor; torch.nn.Linear otherwise.
 
     In train mode W is one draw from the posterior per call, the same for the whole batch; in eval mode its mean. W
@@ -107,9 +110,15 @@ class Linear(nn.Module):
 
     def forward(self, input: Float[Tensor, "*batch in_features"]) -> Float[Tensor, "*batch out_features"]:
         """Computes input @ W.T + bias."""
-        return self.weight.linear(input, self.bias)
+        y = self.weight.linear(input, self.bias)
+        self._see(math.prod(input.shape[:-1]))
+        return y
+
+    def expected(self, *sizes: int) -> Expected:
+        """What a forward pass of so many rows does at the current ranks, and the time it should take."""
+        (rows,), layout = sizes, self.weight.layout
+        way = way_of_rows(layout, shapes_of(self.weight.factors), rows)
+        return Expected(counted(rows, "row"), way.described(layout), way.cost, dense_cost(layout, rows))
 
     def __repr__(self) -> str:
-        return (
-            f"Linear({self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.weight.describe()})"
-        )
+        return f"Linear({self.in_features}, {self.out_features}, bias={self.bias is not None}, {self._described()})"
