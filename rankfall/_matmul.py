@@ -4,6 +4,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -64,6 +65,7 @@ class Way:
         flops: Multiplications and additions.
         elements: Elements read and written.
         effort: Operations of one large product that take as long.
+        again: Whether the formed weight is forgotten, and formed once more for the gradients.
     """
 
     kind: Literal["formed", "halves", "cut", "steps"]
@@ -72,6 +74,7 @@ class Way:
     effort: int
     bond: int = 0
     right_first: bool = True
+    again: bool = False
 
     @property
     def cost(self) -> int:
@@ -85,10 +88,14 @@ class Way:
     def described(self, layout: Layout) -> str:
         """The way in words."""
         cut = f"in two parts, cut at {layout.bonds[self.bond]}" if self.kind == "cut" else ""
-        words = {"formed": "by the formed weight", "halves": "by two thin matrices", "steps": "factor by factor"}
+        formed = "by the formed weight" + ", formed again for gradients" * self.again
+        words = {"formed": formed, "halves": "by two thin matrices", "steps": "factor by factor"}
         return words.get(self.kind, cut)
 
 
+# A weight of so many entries is not kept for the gradients where forming it takes no more than this part of a forward
+# pass: to form it again makes a training step of three such passes longer by a third of that part.
+_WORTH_FORGETTING, _LITTLE = 1 << 18, 0.05
 # What a step reads or writes is also brought into the order of axes that its product wants, piece by small piece.
 _COPIES = 2.5
 
@@ -127,8 +134,10 @@ def linear_ways(layout: Layout, shapes: Shapes, rows: int) -> list[Way]:
     out, width = layout.shape
     formed = forming(layout, shapes).plan
     steps = linear_plan(layout, shapes, rows)
+    whole = _with_products("formed", formed, rows, (width, out))
+    again = out * width >= _WORTH_FORGETTING and formed.cost <= _LITTLE * whole.cost
     ways = [
-        _with_products("formed", formed, rows, (width, out)),
+        replace(whole, again=again),
         Way("steps", steps.flops, round(_COPIES * steps.elements), steps.flops),
     ]
     pair = halves(layout, shapes)
@@ -182,6 +191,12 @@ def linear(
 def linear_by(way: Way, layout: Layout, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None = None) -> Tensor:
     """The same in a given way."""
     if way.kind == "formed":
+        # The weight is kept for the gradient of x alone. A compiler decides by itself what is made again, and under
+        # autocast what is kept is of half the size.
+        plain = not torch.compiler.is_compiling() and not torch.is_autocast_enabled(x.device.type)
+        if way.again and x.requires_grad and plain:
+            y: Tensor = _FormedAgain.apply(x, bias, layout, *factors)  # pyright: ignore
+            return y
         return F.linear(x, dense(layout, factors), bias)
     if way.kind == "halves":
         return _by_halves(layout, factors, x, bias)
@@ -192,6 +207,34 @@ def linear_by(way: Way, layout: Layout, factors: Sequence[Tensor], x: Tensor, bi
     y = y[..., :out_features] if padded_out > out_features else y
     # Under autocast y has the narrow type, which the bias must not widen again.
     return y if bias is None else y + bias.to(y.dtype)
+
+
+class _FormedAgain(torch.autograd.Function):
+    """x @ dense().T + bias, of which x and the factors are kept, and not the weight."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, bias: Tensor | None, layout: Layout, *factors: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return F.linear(x, dense(layout, factors), bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ANN401  autograd's
+        x, _, ctx.layout, *factors = inputs
+        ctx.save_for_backward(x, *factors)
+
+    @staticmethod
+    def backward(ctx: Any, of_y: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401  # pyright: ignore
+        x, *factors = ctx.saved_tensors
+        weight, gradients_of = torch.func.vjp(partial(_dense_of, ctx.layout), *factors)  # pyright: ignore
+        of_x = of_y @ weight if ctx.needs_input_grad[0] else None
+        of_rows = of_y.reshape(-1, of_y.shape[-1])
+        of_bias = of_rows.sum(0) if ctx.needs_input_grad[1] else None
+        return of_x, of_bias, None, *gradients_of(of_rows.T @ x.reshape(-1, x.shape[-1]))
+
+
+def _dense_of(layout: Layout, *factors: Tensor) -> Tensor:
+    return dense(layout, factors)
 
 
 def _by_halves(layout: Layout, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import math
+from dataclasses import replace
 
 import hypothesis.strategies as st
 import pytest
@@ -69,7 +70,7 @@ def test_linear_in_every_way(kind, shape, monkeypatch):
     ways = _matmul.linear_ways(t.layout, shapes_of(t.factors), 6)
     expected = {"formed", "steps", "cut"} if kind is rf.TTM else {"formed", "steps", "halves"}
     assert {way.kind for way in ways} == expected
-    for way in ways:
+    for way in (*ways, _formed_again(ways)):
         monkeypatch.setattr(_matmul, "linear_way", lambda *_, way=way: way)
         check_linear(t)
         bias, x = torch.randn(shape[0], dtype=torch.float64), torch.randn(5, shape[1], dtype=torch.float64)
@@ -83,7 +84,8 @@ def test_a_rank_of_zero_gives_zeros_in_every_way(kind, monkeypatch):
         for bond in list(t.ranks)[:bonds]:
             t.keep_slices_(bond, torch.zeros(0, dtype=torch.int64))
         shapes = shapes_of(t.factors)
-        for way in _matmul.linear_ways(t.layout, shapes, 5):
+        ways = _matmul.linear_ways(t.layout, shapes, 5)
+        for way in (*ways, _formed_again(ways)):
             y = _matmul.linear_by(way, t.layout, list(t.factors), x)
             assert torch.equal(y, torch.zeros(5, 12, dtype=torch.float64))
             y.sum().backward()
@@ -123,8 +125,56 @@ def test_derivatives_of_two_thin_matrices(rank, bias, monkeypatch):
     check_linear(t)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_derivatives_of_a_weight_that_is_formed_again(kind, bias):
+    t = laws.make(kind(2), (6, 10), posterior=rf.Point())
+    way, factors = _formed_again(_matmul.linear_ways(t.layout, shapes_of(t.factors), 4)), list(t.factors)
+    x = torch.randn(2, 2, 10, dtype=torch.float64, requires_grad=True)
+    others = (torch.randn(6, dtype=torch.float64, requires_grad=True),) if bias else ()
+
+    def layer(x, *rest):
+        own = rest[bias:]
+        return _matmul.linear_by(way, t.layout, own or factors, x, rest[0] if bias else None)
+
+    inputs = (x, *others, *factors)
+    assert torch.autograd.gradcheck(layer, inputs)
+    assert torch.autograd.gradgradcheck(layer, inputs)
+    laws.close(torch.func.vmap(lambda row: layer(row, *others))(x), layer(x, *others))
+    by_rows = torch.func.vmap(torch.func.grad(lambda f, row: layer(row, *others, f, *factors[1:]).sum()), (None, 0))
+    (summed,) = torch.autograd.grad(layer(*inputs).sum(), factors[0])
+    laws.close(by_rows(factors[0], x).sum(0), summed)
+    laws.close(layer(x[0, 0], *others), layer(x, *others)[0, 0])
+    assert layer(x[:0], *others).shape == (0, 2, 6)
+
+
+def test_a_weight_that_costs_little_beside_its_product_is_formed_again():
+    t = laws.make(rf.TTM(20), (768, 640), posterior=rf.Point(), dtype=torch.float32)
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    for rows, again in ((64, False), (4096, True)):
+        ways = _matmul.linear_ways(t.layout, shapes_of(t.factors), rows)
+        way, x = _way(ways, "formed"), torch.randn(rows, 640, requires_grad=True)
+        assert way.again == again
+        assert ("again" in way.described(t.layout)) == again
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            y = _matmul.linear_by(way, t.layout, list(t.factors), x)
+        y.sum().backward()
+        assert (sum(kept) < x.numel() + 768 * 640) == again
+    small = laws.make(rf.TTM(20), (256, 256), posterior=rf.Point(), dtype=torch.float32)
+    assert not _way(_matmul.linear_ways(small.layout, shapes_of(small.factors), 1 << 16), "formed").again
+
+
 def _way(ways, kind):
     return next(way for way in ways if way.kind == kind)
+
+
+def _formed_again(ways):
+    return replace(_way(ways, "formed"), again=True)
 
 
 # Few rows and many, since the planner forms the weight for one and not for the other.
