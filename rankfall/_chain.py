@@ -29,26 +29,48 @@ def is_chain_of_matrices(layout: Layout) -> bool:
 
 
 def chain_rows(
-    layout: Layout, factors: Sequence[Tensor], digit: Sequence[Int[Tensor, " n"]], joined: Joined = APART
+    layout: Layout, factors: Sequence[Tensor], rows: Int[Tensor, " n"], joined: Joined = APART
 ) -> Float[Tensor, "n width"]:
     """Rows of a TT-matrix from left to right: a row so far is (width so far x rank), and each factor widens it.
+
+    Neighbours that have their first digits in common, as sorted rows often have, are one until they part.
 
     Args:
         layout: That of a TT-matrix.
         factors: Its factors.
-        digit: For each row its digits, along each row mode.
+        rows: Row numbers.
         joined: How many of the first factors are contracted to one beforehand, and how many of the last.
     """
     parts = parts_of(len(factors), joined)
     first, *others = (_joint_factor(layout, factors, part) for part in parts)
-    digit = [_joint_digit(layout, digit, part) for part in parts]
-    rows, width = first.index_select(0, digit[0]), first.shape[1]
-    for factor, of_row in zip(others, digit[1:], strict=True):
+    modes = [math.prod(layout.modes[0][part.start : part.stop]) for part in parts]
+    heads, levels = _levels(rows, modes)
+    found, width = first.index_select(0, heads), first.shape[1]
+    for factor, (digit, place) in zip(others, levels, strict=True):
         # (rank before, rows, width, rank after) to (rows, rank before, width x rank after); the last has no bond after.
         matrices = factor.movedim(1, 0).flatten(2)
         width *= factor.shape[2]
-        rows = _times_own(rows, matrices, of_row).reshape(len(rows), width, *factor.shape[3:])
-    return rows[:, : layout.shape[1]]
+        found = _times_own(found, matrices, digit, place).reshape(len(digit), width, *factor.shape[3:])
+    return found[:, : layout.shape[1]]
+
+
+_WORTH_PARTING = 0.75  # Part of the rows that distinct beginnings may be and still pay for their own step.
+_Level: TypeAlias = tuple[Int[Tensor, " n"], Int[Tensor, " n"] | None]
+
+
+def _levels(rows: Int[Tensor, " n"], modes: Sequence[int]) -> tuple[Int[Tensor, " n"], list[_Level]]:
+    """The first digits that occur; then for each further mode the digits, and whose beginning each goes on from.
+
+    The mode that runs fastest is the last. None in place of places says that each goes on from its own.
+    """
+    levels: list[_Level] = []
+    for mode in reversed(modes[1:]):
+        digit, rows = rows % mode, torch.div(rows, mode, rounding_mode="floor")
+        place = None
+        if may_look_at(rows) and (rows[1:] != rows[:-1]).sum() < _WORTH_PARTING * len(rows) - 1:
+            rows, place = torch.unique_consecutive(rows, return_inverse=True)
+        levels.append((digit, place))
+    return rows, levels[::-1]
 
 
 def parts_of(factors: int, joined: Joined) -> list[range]:
@@ -69,13 +91,6 @@ def _joint_factor(layout: Layout, factors: Sequence[Tensor], part: range) -> Ten
     return found.reshape(*found.shape[: len(before)], *sizes, *found.shape[found.dim() - len(after) :])
 
 
-def _joint_digit(layout: Layout, digit: Sequence[Int[Tensor, " n"]], part: range) -> Int[Tensor, " n"]:
-    joint = digit[part.start]
-    for k in part[1:]:
-        joint = joint * layout.modes[0][k] + digit[k]
-    return joint
-
-
 @cache
 def _has_kernels(device: torch.device) -> bool:
     """Whether Triton is there, and does on the device what torch.bmm does: NVIDIA's from Volta on, and AMD's."""
@@ -94,31 +109,54 @@ def _has_kernels(device: torch.device) -> bool:
 
 _TOGETHER, _MOST_TOGETHER = 4, 16
 _FAST_FROM = 400  # Multiplications of one product, as torch has it in LinearAlgebra.cpp.
+# On a CPU products of so many rows and so few columns, with as many or more summed, take half of the time on their
+# side, gradients included.
+_TALL, _THIN = 16, 8
 _LARGE_SLICE = 512  # Entries of a matrix beyond which it pays to read it once for several rows.
 
 
 def _times_own(
-    left: Float[Tensor, "n p q"], matrices: Float[Tensor, "m q s"], which: Int[Tensor, " n"]
+    left: Float[Tensor, "k p q"],
+    matrices: Float[Tensor, "m q s"],
+    which: Int[Tensor, " n"],
+    place: Int[Tensor, " n"] | None = None,
 ) -> Float[Tensor, "n p s"]:
-    """left[k] @ matrices[which[k]]: those with the same matrix are multiplied together, a few at a time.
+    """left[place[k]] @ matrices[which[k]]: those with the same matrix are multiplied together, a few at a time.
 
     That makes one product of several small ones, and reads and adds to a matrix once for all of them. On a GPU a kernel
     reads each matrix where it stands, unless its gradients, added up in any order, must be the same every time.
+
+    Args:
+        left: What stands on the left.
+        matrices: What stands on the right.
+        which: The matrix of each product.
+        place: What stands on its left; None for each its own.
     """
     as_ever = torch.compiler.is_compiling() or torch.are_deterministic_algorithms_enabled()
     if not as_ever and _has_kernels(left.device):
         from rankfall._kernels import own_products  # noqa: PLC0415  Triton is loaded where it runs.
 
         return own_products(left, matrices, which)
+    count, (_, p, q), s = len(which), left.shape, matrices.shape[2]
+    each = count // len(matrices)
+    if each >= 2 and q * s >= _LARGE_SLICE and may_look_at(which):  # A GPU has no such loop.
+        return _times_shared(left if place is None else left.index_select(0, place), matrices, which)
+    if may_look_at(which) and (missing := _missing(p, q, s)):  # In a graph sizes may be symbols.
+        left, matrices = F.pad(left, (0, missing)), F.pad(matrices, (0, 0, 0, missing))
+    if p >= _TALL and s <= _THIN <= q and may_look_at(which):
+        # Turned before they are picked, so that gradients of what is picked lie in order and are added in one go.
+        matrices, left = matrices.mT.contiguous(), left.mT
+        left = left if place is None else left.contiguous().index_select(0, place)
+        return torch.bmm(matrices.index_select(0, which), left).mT
+    left = left if place is None else left.index_select(0, place)
+    return torch.bmm(left, matrices.index_select(0, which))
+
+
+def _times_shared(
+    left: Float[Tensor, "n p q"], matrices: Float[Tensor, "m q s"], which: Int[Tensor, " n"]
+) -> Float[Tensor, "n p s"]:
     count, p, q = left.shape
-    each, size = count // len(matrices), q * matrices.shape[2]
-    if each < 2 or size < _LARGE_SLICE or not may_look_at(which):
-        # A GPU has no such loop, and in a graph sizes may be symbols.
-        missing = _missing(p, q, matrices.shape[2]) if may_look_at(which) else 0
-        if missing:
-            left, matrices = F.pad(left, (0, missing)), F.pad(matrices, (0, 0, 0, missing))
-        return torch.bmm(left, matrices.index_select(0, which))
-    together = min(max(power_of_two(each), _TOGETHER), _MOST_TOGETHER)
+    together = min(max(power_of_two(count // len(matrices)), _TOGETHER), _MOST_TOGETHER)
     place, owner = _seats(which, len(matrices), together)
     seats = left.new_zeros(len(owner) * together, p * q).index_copy(0, place, left.reshape(count, p * q))
     products = torch.bmm(seats.view(len(owner), together * p, q), matrices.index_select(0, owner))

@@ -252,10 +252,9 @@ def _rows_of(
     joined: Joined,
 ) -> Float[Tensor, "n width"]:
     """Rows of what some of the factors stand for: each factor at its digit, then a batch of small contractions."""
-    digit = dict(zip(layout.axes[0], digits(rows, layout.modes[0]), strict=True))
     if kept == layout.axes[1] and is_chain_of_matrices(layout):
-        return chain_rows(layout, factors, list(digit.values()), joined)
-    taken = []
+        return chain_rows(layout, factors, rows, joined)
+    digit, taken = dict(zip(layout.axes[0], digits(rows, layout.modes[0]), strict=True)), []
     for k in which:
         factor, axes = factors[k], layout.factors[k]
         dims = [d for d, name in enumerate(axes) if name in digit]

@@ -77,3 +77,57 @@ def test_nobody_shares_a_seat_and_tables_are_of_one_group(which, together):
     assert len(place.unique()) == len(which)
     assert torch.equal(owner[place // together], which)
     assert len(owner) <= len(which)
+
+
+@pytest.mark.parametrize("turned", [True, False])
+@pytest.mark.parametrize("place", [True, False])
+def test_tall_products_of_few_columns_are_made_on_their_side(turned, place, monkeypatch):
+    shapes, bmm = [], torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda a, b: shapes.append(tuple(a.shape)) or bmm(a, b))
+    (p, q, s), n = (18, 9, 6) if turned else (18, 9, 10), 7
+    left = torch.randn(4 if place else n, p, q, dtype=torch.float64, requires_grad=True)
+    matrices, which = torch.randn(5, q, s, dtype=torch.float64, requires_grad=True), torch.arange(n) % 5
+    places = torch.arange(n) % 4 if place else None
+
+    def ours(left, matrices):
+        return _chain._times_own(left, matrices, which, places)
+
+    wanted = (left if places is None else left[places]) @ matrices[which]
+    found = ours(left, matrices)
+    assert shapes == [(n, s, q) if turned else (n, p, q)]
+    torch.testing.assert_close(found, wanted)
+    direction = torch.randn_like(wanted)
+    for own, theirs in zip(
+        *(torch.autograd.grad(y, [left, matrices], direction) for y in (found, wanted)), strict=True
+    ):
+        torch.testing.assert_close(own, theirs)
+    assert torch.autograd.gradgradcheck(ours, (left, matrices))
+
+
+@pytest.mark.parametrize("looks", [True, False])
+@pytest.mark.parametrize("joined", [(1, 1), (2, 1), (1, 2)], ids=str)
+def test_rows_that_begin_alike_are_one_until_they_part(joined, looks, monkeypatch):
+    for module in (_lookup, _chain):
+        monkeypatch.setattr(module, "may_look_at", lambda _: looks)
+    t = make(rf.TTM(3, out_modes=(3, 2, 4, 5), in_modes=(2, 1, 2, 3)), (113, 11))
+    monkeypatch.setattr(_lookup, "reading", lambda *_: _lookup.Reading(False, None, 0, 0, joined))
+    counts, times_own = [], _chain._times_own
+
+    def counted(left, matrices, which, place=None):
+        counts.append((len(left), len(which)))
+        return times_own(left, matrices, which, place)
+
+    monkeypatch.setattr(_chain, "_times_own", counted)
+    ids = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 100, 101, 102, 112, 112, 7, 3])
+    found = rf.nn.Embedding.around(t.eval(), torch.nn.Embedding(113, 11, device="meta"))(ids)
+    torch.testing.assert_close(found, t.dense()[ids])
+    steps = {(1, 1): [(2, 2), (2, 4), (4, 12)], (2, 1): [(2, 4), (4, 12)], (1, 2): [(2, 2), (2, 12)]}[joined]
+    assert counts == (steps if looks else [(15, 15)] * len(steps))
+    check_rows(t, ids)
+
+
+def test_rows_that_seldom_begin_alike_go_their_own_way():
+    heads, levels = _chain._levels(torch.tensor([0, 1, 20, 40]), (3, 4, 5))
+    assert torch.equal(heads, torch.tensor([0, 0, 1, 2]))
+    assert [digit.tolist() for digit, _ in levels] == [[0, 0, 0, 0], [0, 1, 0, 0]]
+    assert [place for _, place in levels] == [None, None]
