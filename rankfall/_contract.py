@@ -13,6 +13,7 @@ from torch import Tensor
 from rankfall._einsum import Axes, Plan, Shapes, contract, plan, planned_once, run, shapes_of
 from rankfall._layout import Layout
 from rankfall._machine import machine
+from rankfall._products import product
 
 LEAST_RANK = 16
 """Thinner products take two to three times as long on a CPU, so zeros make up for what is missing."""
@@ -40,7 +41,7 @@ def dense(layout: Layout, factors: Sequence[Tensor]) -> Float[Tensor, "*shape"]:
     if way.pair is not None:
         a, b = matrices(layout, factors, way.pair)
         assert a is not None
-        return a @ b
+        return product(a, b)
     if way.bond is not None:
         padded = _by_cut(layout, factors, way.bond)
     else:
@@ -192,14 +193,14 @@ def _by_cut(layout: Layout, factors: Sequence[Tensor], bond: int) -> Tensor:
     right = contract(layout.factors[bond + 1 :], (rank, *o_right, *i_right), factors[bond + 1 :])
     sizes = [math.prod([layout.mode_sizes[n] for n in names]) for names in (o_left, i_left, o_right, i_right)]
     slices = factors[bond].shape[-1]  # Spelled out, since a rank of zero leaves nothing to find a size from.
-    product = left.reshape(sizes[0] * sizes[1], slices) @ right.reshape(slices, sizes[2] * sizes[3])
-    return product.view(sizes).transpose(1, 2).reshape(layout.padded_shape)
+    whole = product(left.reshape(sizes[0] * sizes[1], slices), right.reshape(slices, sizes[2] * sizes[3]))
+    return whole.view(sizes).transpose(1, 2).reshape(layout.padded_shape)
 
 
 def mixed(left: Float[Tensor, "p q"], right: Float[Tensor, "n q s"]) -> Float[Tensor, "n p s"]:
     """left @ right[k] for every k. Autograd alone would keep a gradient of `left` for each of them."""
     if right.shape[2] == 1:
-        return (right.squeeze(2) @ left.T).unsqueeze(2)
+        return product(right.squeeze(2), left.T).unsqueeze(2)
     if torch.is_autocast_enabled(right.device.type):
         dtype = torch.get_autocast_dtype(right.device.type)
         left, right = left.to(dtype), right.to(dtype)
@@ -210,7 +211,9 @@ def mixed(left: Float[Tensor, "p q"], right: Float[Tensor, "n q s"]) -> Float[Te
 def effort_of_mixed(n: int, p: int, q: int, s: int) -> int:
     """How many operations of one large product take as long as `mixed` on these sizes."""
     flops = 2 * n * p * q * s
-    return flops if s == 1 else round(flops * (1 + NARROW / max(s, 1))) + machine().flops_per_call * n
+    if s == 1:
+        return flops
+    return round(machine().slowness_of_batches * flops * (1 + NARROW / max(s, 1))) + machine().flops_per_call * n
 
 
 _WORTH_A_CALL = 1_000_000  # Operations of a product beside which the call of it costs little.
@@ -246,7 +249,7 @@ def _summed_products(a: Tensor, b: Tensor) -> Tensor:
     if a.device.type == "cpu" and 2 * a.shape[1] * a.shape[2] * b.shape[1] > _WORTH_A_CALL:
         return torch.addbmm(a.new_zeros(a.shape[1], b.shape[1]), a, b.transpose(1, 2))
     summed = a.shape[0] * a.shape[2]  # Spelled out, since a rank of zero leaves nothing to find it from.
-    return a.transpose(0, 1).reshape(a.shape[1], summed) @ b.transpose(1, 2).reshape(summed, b.shape[1])
+    return product(a.transpose(0, 1).reshape(a.shape[1], summed), b.transpose(1, 2).reshape(summed, b.shape[1]))
 
 
 def squared_norm(layout: Layout, factors: Sequence[Tensor]) -> Float[Tensor, ""]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rankfall._machine import machine, on_change
+from rankfall._products import product
 
 Axes: TypeAlias = tuple[str, ...]
 Shapes: TypeAlias = tuple[tuple[int, ...], ...]
@@ -20,6 +21,9 @@ BATCH = "..."
 """The name of any number of leading dimensions; at most one tensor of a network carries it, in front."""
 
 _LARGEST = 8**20
+
+# Numbers in two tensors from which it is worth while to find out whether their product is a large one.
+_LARGE_PAIR = 1 << 13
 
 # The exact search takes milliseconds up to here, and seconds for networks of twice as many tensors.
 _MOST_PLANNED_EXACTLY = 16
@@ -33,16 +37,23 @@ class Plan:
         steps: (positions, equation) in turn: the tensors at these positions leave the list, the result joins its end.
         flops: Multiplications and additions of all steps.
         elements: Elements read and written by all steps.
+        batched: Those of the operations that are done in batches of products.
     """
 
     steps: tuple[tuple[tuple[int, ...], str], ...]
     flops: int
     elements: int
+    batched: int = 0
+
+    @property
+    def effort(self) -> int:
+        """How many operations of one large product take as long."""
+        return self.flops + round((machine().slowness_of_batches - 1) * self.batched)
 
     @property
     def cost(self) -> int:
         """Time, in floating-point operations: what plans are compared by."""
-        return cost_of(self.flops, self.elements)
+        return cost_of(self.effort, self.elements)
 
 
 def cost_of(flops: int, elements: int) -> int:
@@ -151,7 +162,7 @@ def plan(inputs: tuple[Axes, ...], output: Axes, sizes: tuple[tuple[str, int], .
         The cheapest order by floating-point operations and elements moved, found by dynamic programming.
     """
     size = dict(sizes)
-    pending, steps, flops, elements = list(inputs), [], 0, 0
+    pending, steps, flops, elements, batched = list(inputs), [], 0, 0, 0
     for positions in _order(inputs, output, size):
         taken = [pending[k] for k in positions]
         pending = [axes for k, axes in enumerate(pending) if k not in positions]
@@ -159,11 +170,18 @@ def plan(inputs: tuple[Axes, ...], output: Axes, sizes: tuple[tuple[str, int], .
         names = dict.fromkeys(name for axes in taken for name in axes)
         result = tuple(sorted((n for n in names if n in alive), key=lambda n: n != BATCH)) if pending else output
         summed = len(names) > len(result)
-        flops += math.prod(size[n] for n in names) * (2 if summed else 1) if len(taken) > 1 else 0
+        if len(taken) > 1:
+            operations = math.prod(size[n] for n in names) * (2 if summed else 1)
+            flops, batched = flops + operations, batched + operations * bool(_shared(taken, result))
         elements += sum(math.prod(size[n] for n in axes) for axes in (*taken, result))
         steps.append((positions, _equation(taken, result)))
         pending.append(result)
-    return Plan(tuple(steps), flops, elements)
+    return Plan(tuple(steps), flops, elements, batched)
+
+
+def _shared(taken: Sequence[Axes], result: Axes) -> set[str]:
+    """The names that all have, along which products stand side by side."""
+    return set(result).intersection(*taken)
 
 
 def run(steps: Plan, tensors: Sequence[Tensor]) -> Tensor:
@@ -172,8 +190,75 @@ def run(steps: Plan, tensors: Sequence[Tensor]) -> Tensor:
     for positions, equation in steps.steps:
         taken = [pending[k] for k in positions]
         pending = [tensor for k, tensor in enumerate(pending) if k not in positions]
-        pending.append(torch.einsum(equation, *taken))
+        pending.append(_einsum(equation, taken))
     return pending[0]
+
+
+def _einsum(equation: str, taken: Sequence[Tensor]) -> Tensor:
+    """torch.einsum, with one large product where there is one."""
+    if len(taken) == 2 and not torch.compiler.is_compiling():
+        pair = _pair(equation)
+        if pair is not None and sum(t.numel() for t in taken) >= _LARGE_PAIR:
+            return pair(*taken)
+    return torch.einsum(equation, *taken)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A sum of products of two tensors as one product of matrices.
+
+    Attributes:
+        turned: Whether the second tensor stands on the left.
+        left: Where the axes of the left tensor stand in a matrix, its own first, the summed ones behind.
+        right: The same of the right one, the summed ones first.
+        summed: How many axes are summed over.
+        order: How the axes of the product, those of the left tensor first, stand in the result.
+        batch: Which of left and right has any number of leading dimensions in place of its first axis; None if neither.
+    """
+
+    turned: bool
+    left: tuple[int, ...]
+    right: tuple[int, ...]
+    summed: int
+    order: tuple[int, ...]
+    batch: int | None
+
+    def __call__(self, first: Tensor, second: Tensor) -> Tensor:
+        pair, leading = [second, first] if self.turned else [first, second], ()
+        if self.batch is not None:
+            many = pair[self.batch]
+            dims = many.dim() - len((self.left, self.right)[self.batch]) + 1
+            leading = many.shape[:dims]
+            pair[self.batch] = many.reshape((math.prod(leading), *many.shape[dims:]))
+        a, b = pair[0].permute(self.left), pair[1].permute(self.right)
+        own, others = a.shape[: a.dim() - self.summed], b.shape[self.summed :]
+        inner = math.prod(b.shape[: self.summed])
+        value = product(a.reshape(math.prod(own), inner), b.reshape(inner, math.prod(others)))
+        value = value.view((*own, *others)).permute(self.order)
+        return value if self.batch is None else value.reshape((*leading, *value.shape[1:]))
+
+
+@lru_cache(maxsize=4096)
+def _pair(equation: str) -> _Pair | None:
+    names, kept = equation.replace(BATCH, ".").split("->")
+    first, second = names.split(",")
+    summed = [n for n in first if n in second]
+    if not summed or set(summed) & set(kept) or set(first + second) - set(summed) != set(kept) or kept.find(".") > 0:
+        return None
+    # What stands last in the result stands on the right, so that little is to be copied into order.
+    turned = kept != "" and kept[-1] in first
+    left, right = (second, first) if turned else (first, second)
+    # In the order of the result, which is seldom the smallest of the three.
+    own, others = ([n for n in kept if n in axes] for axes in (left, right))
+    sides = [k for k, axes in enumerate((left, right)) if axes.startswith(".")]
+    return _Pair(
+        turned,
+        tuple(map(left.index, [*own, *summed])),
+        tuple(map(right.index, [*summed, *others])),
+        len(summed),
+        tuple(map([*own, *others].index, kept)),
+        sides[0] if sides else None,
+    )
 
 
 def contract(inputs: Sequence[Axes], output: Axes, tensors: Sequence[Tensor]) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from rankfall._files import write_atomic
+from rankfall._onednn import by_onednn, has_onednn
 
 _MOST_UNUSUAL = 8.0  # A figure that is further from the usual one than this was measured beside something else.
 _ROUNDS = 5
@@ -25,22 +26,29 @@ class Machine:
     """Figures of one CPU and number of threads, float32.
 
     Attributes:
-        flops: Operations per second of one large matrix product.
+        flops: Operations per second of one large matrix product, by the faster one of torch's libraries.
         elements: Numbers per second that a large copy into another order of axes reads or writes. What moves beside
             products is seldom a plain copy, which can be three times as fast.
         call: Seconds that each product of a batch of the smallest takes.
-        convolved: Operations per second of one large convolution, which other kernels do than matrix products.
+        convolved: Operations per second of one large convolution.
+        batched: Operations per second of large products in a batch, which MKL does.
     """
 
-    flops: float = 100e9
+    flops: float = 200e9
     elements: float = 4e9
     call: float = 1e-7
     convolved: float = 200e9
+    batched: float = 100e9
 
     @property
     def flops_per_element(self) -> int:
         """How many operations take as long as moving one number, at least 1."""
         return max(1, round(self.flops / self.elements))
+
+    @property
+    def slowness_of_batches(self) -> float:
+        """How many operations of one large product take as long as one of a batch of them."""
+        return self.flops / self.batched
 
     @property
     def slowness_of_convolutions(self) -> float:
@@ -144,7 +152,9 @@ def _plausible(found: Machine) -> Machine:
 @torch.no_grad()
 def _measured() -> Machine:
     a = torch.rand(768, 768, device="cpu")
-    flops = 2 * 768**3 / _seconds(lambda: a @ a)
+    batched = flops = 2 * 768**3 / _seconds(lambda: a @ a)
+    if has_onednn():
+        flops = max(flops, 2 * 768**3 / _seconds(lambda: by_onednn(a, a)))
     many = torch.rand(1 << 13, 32, 32, device="cpu")
     other = torch.empty_like(many)
     elements = 2 * many.numel() / _seconds(lambda: other.copy_(many.mT))
@@ -153,7 +163,7 @@ def _measured() -> Machine:
     pictures, kernel = torch.rand(16, 64, 32, 32, device="cpu"), torch.rand(64, 64, 3, 3, device="cpu")
     slid = F.conv2d(pictures, kernel)
     convolved = 2 * slid.numel() * kernel[0].numel() / _seconds(lambda: F.conv2d(pictures, kernel))
-    return _plausible(Machine(flops, elements, call, convolved))
+    return _plausible(Machine(flops, elements, call, convolved, batched))
 
 
 def _seconds(work: Callable[[], object]) -> float:

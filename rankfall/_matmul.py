@@ -38,6 +38,8 @@ from rankfall._einsum import (
     shapes_of,
 )
 from rankfall._layout import Layout
+from rankfall._machine import machine
+from rankfall._products import product, transposed_product
 
 
 def linear_plan(layout: Layout, shapes: Shapes, rows: int) -> Plan:
@@ -118,9 +120,10 @@ def way_of_rows(layout: Layout, shapes: Shapes, rows: int) -> Way:
 
 
 def dense_cost(layout: Layout, rows: int) -> int:
-    """The time of so many vectors times a dense matrix, in floating-point operations."""
+    """The time of so many vectors times a dense matrix, as torch's layers multiply, in floating-point operations."""
     out, width = layout.shape
-    return cost_of(2 * rows * out * width, out * width + rows * (out + width))
+    effort = round(machine().slowness_of_batches * 2 * rows * out * width)
+    return cost_of(effort, out * width + rows * (out + width))
 
 
 def linear_ways(layout: Layout, shapes: Shapes, rows: int) -> list[Way]:
@@ -138,7 +141,7 @@ def linear_ways(layout: Layout, shapes: Shapes, rows: int) -> list[Way]:
     again = out * width >= _WORTH_FORGETTING and formed.cost <= _LITTLE * whole.cost
     ways = [
         replace(whole, again=again),
-        Way("steps", steps.flops, round(_COPIES * steps.elements), steps.flops),
+        Way("steps", steps.flops, round(_COPIES * steps.elements), steps.effort),
     ]
     pair = halves(layout, shapes)
     if pair is None:
@@ -197,7 +200,7 @@ def linear_by(way: Way, layout: Layout, factors: Sequence[Tensor], x: Tensor, bi
         if way.again and x.requires_grad and plain:
             y: Tensor = _FormedAgain.apply(x, bias, layout, *factors)  # pyright: ignore
             return y
-        return F.linear(x, dense(layout, factors), bias)
+        return product(x, dense(layout, factors).T, bias)
     if way.kind == "halves":
         return _by_halves(layout, factors, x, bias)
     (out_features, in_features), (padded_out, padded_in) = layout.shape, layout.padded_shape
@@ -216,7 +219,7 @@ class _FormedAgain(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, bias: Tensor | None, layout: Layout, *factors: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return F.linear(x, dense(layout, factors), bias)
+        return product(x, dense(layout, factors).T, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ANN401  autograd's
@@ -227,10 +230,10 @@ class _FormedAgain(torch.autograd.Function):
     def backward(ctx: Any, of_y: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401  # pyright: ignore
         x, *factors = ctx.saved_tensors
         weight, gradients_of = torch.func.vjp(partial(_dense_of, ctx.layout), *factors)  # pyright: ignore
-        of_x = of_y @ weight if ctx.needs_input_grad[0] else None
+        of_x = product(of_y, weight) if ctx.needs_input_grad[0] else None
         of_rows = of_y.reshape(-1, of_y.shape[-1])
         of_bias = of_rows.sum(0) if ctx.needs_input_grad[1] else None
-        return of_x, of_bias, None, *gradients_of(of_rows.T @ x.reshape(-1, x.shape[-1]))
+        return of_x, of_bias, None, *gradients_of(transposed_product(of_rows, x.reshape(-1, x.shape[-1])))
 
 
 def _dense_of(layout: Layout, *factors: Tensor) -> Tensor:
@@ -246,7 +249,7 @@ def _by_halves(layout: Layout, factors: Sequence[Tensor], x: Tensor, bias: Tenso
         y, _ = _TwoThin.apply(x.reshape(-1, x.shape[-1]), b, a, bias)  # pyright: ignore
         return y.view(*x.shape[:-1], a.shape[1])
     # As a view, so that the gradient of `a` has its long side last, which takes half as long.
-    return F.linear(F.linear(x, b), a.t(), bias)
+    return product(product(x, b.T), a, bias)
 
 
 class _TwoThin(torch.autograd.Function):
@@ -259,8 +262,8 @@ class _TwoThin(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, b: Tensor, a: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        between = b @ x.t()
-        y = between.t() @ a if bias is None else torch.addmm(bias, between.t(), a)
+        between = product(b, x.T)
+        y = product(between.T, a, bias)
         return y, between
 
     @staticmethod
@@ -274,14 +277,14 @@ class _TwoThin(torch.autograd.Function):
         x, b, a, between = ctx.saved_tensors
         of_a = of_bias = None
         if of_y is not None:
-            through = a @ of_y.t()
+            through = product(a, of_y.T)
             of_between = through if of_between is None else of_between + through
-            of_a = between @ of_y if ctx.needs_input_grad[2] else None
+            of_a = product(between, of_y) if ctx.needs_input_grad[2] else None
             of_bias = of_y.sum(0) if ctx.has_bias and ctx.needs_input_grad[3] else None
         if of_between is None:
             return None, None, of_a, of_bias
-        of_x = of_between.t() @ b if ctx.needs_input_grad[0] else None
-        return of_x, of_between @ x if ctx.needs_input_grad[1] else None, of_a, of_bias
+        of_x = product(of_between.T, b) if ctx.needs_input_grad[0] else None
+        return of_x, product(of_between, x) if ctx.needs_input_grad[1] else None, of_a, of_bias
 
 
 def _in_steps(layout: Layout, factors: Sequence[Tensor], x: Tensor) -> Tensor:
@@ -302,11 +305,11 @@ def _by_cut(way: Way, layout: Layout, factors: Sequence[Tensor], x: Tensor) -> T
     if way.right_first:
         b = contract(right[0], (*i_right, rank, *o_right), right[1]).reshape(i2, slices * o2)
         a = contract(left[0], (*o_left, *i_left, rank), left[1]).reshape(o1, i1 * slices)
-        middle = x.reshape(batch * i1, i2) @ b
+        middle = product(x.reshape(batch * i1, i2), b)
         y = mixed(a, middle.view(batch, i1 * slices, o2))
     else:
         a = contract(left[0], (*o_left, rank, *i_left), left[1]).reshape(o1 * slices, i1)
         b = contract(right[0], (rank, *i_right, *o_right), right[1]).reshape(slices * i2, o2)
         middle = mixed(a, x.reshape(batch, i1, i2))
-        y = middle.view(batch * o1, slices * i2) @ b
+        y = product(middle.view(batch * o1, slices * i2), b)
     return y.reshape(*x.shape[:-1], o1 * o2)

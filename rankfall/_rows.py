@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from rankfall._products import product
+
 _MANY = 4096  # Ids at which a function of our own has paid for its call.
 
 
@@ -64,7 +66,7 @@ class Rows(ABC):
 
     def widened(self, read: Tensor) -> Tensor:
         """Rows, or sums of them, as rows of the whole matrix."""
-        return read if self.after is None else read @ self.after
+        return read if self.after is None else product(read, self.after)
 
 
 @dataclass(frozen=True)

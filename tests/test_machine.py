@@ -28,7 +28,7 @@ def _own_cache(tmp_path, monkeypatch):
 
 def test_without_figures_the_usual_ones_hold():
     assert machine() == USUAL
-    assert (USUAL.flops_per_element, USUAL.flops_per_call) == (25, 10_000)
+    assert (USUAL.flops_per_element, USUAL.flops_per_call) == (50, 20_000)
     slow = Machine(flops=1.0, elements=100.0, call=1e-9)
     assert (slow.flops_per_element, slow.flops_per_call) == (1, 1)
 
@@ -36,7 +36,7 @@ def test_without_figures_the_usual_ones_hold():
 def test_calibration_is_kept_and_not_repeated(monkeypatch):
     found = calibrate()
     assert json.loads(cache_path().read_text())["flops"] == found.flops
-    for name in ("flops", "elements", "call"):
+    for name in ("flops", "elements", "call", "convolved", "batched"):
         assert 1 / 8 <= getattr(found, name) / getattr(USUAL, name) <= 8
     monkeypatch.setattr(_machine, "_measured", lambda: OTHER)
     assert calibrate() == found
@@ -87,7 +87,8 @@ def test_figures_that_are_not_of_this_machine_or_make_no_sense(change):
 
 def test_what_was_measured_beside_other_work_is_bounded(monkeypatch):
     monkeypatch.setattr(_machine, "_seconds", lambda work: 1.0)
-    assert _machine._measured() == Machine(USUAL.flops / 8, USUAL.elements / 8, USUAL.call * 8, USUAL.convolved / 8)
+    slow = Machine(USUAL.flops / 8, USUAL.elements / 8, USUAL.call * 8, USUAL.convolved / 8, USUAL.batched / 8)
+    assert _machine._measured() == slow
 
 
 def test_plans_follow_the_figures():
@@ -105,7 +106,7 @@ def test_a_count_says_how_and_how_long(kind):
     found = costs(nn.Sequential(nn.Linear(784, 512)), kind(4), batch_size=100).layers[0]
     assert found.seconds == pytest.approx(found.flops / USUAL.flops, rel=3)
     flops, elements = 2 * 100 * 784 * 512, 784 * 512 + 100 * (784 + 512)
-    assert found.dense_seconds == pytest.approx((flops + 25 * elements) / USUAL.flops)
+    assert found.dense_seconds == pytest.approx(flops / USUAL.batched + elements / USUAL.elements)
     assert any(words in found.way for words in ("formed", "thin", "cut at r", "factor by factor"))
 
 

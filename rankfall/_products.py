@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products of matrices by the faster one of the two libraries that torch has on a CPU."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from rankfall._machine import machine
+from rankfall._onednn import by_onednn, has_onednn
+
+_LEAST = 3_000_000  # Operations; a product of fewer loses more by the call than it gains.
+_WORTH_IT = 1.1  # How much faster a library has to be.
+
+
+def product(
+    a: Float[Tensor, "*batch k"], b: Float[Tensor, "k n"], bias: Float[Tensor, " n"] | None = None
+) -> Float[Tensor, "*batch n"]:
+    """A @ B, plus a bias.
+
+    torch multiplies float32 matrices on a CPU by MKL, which on some, AMD's among them, reaches half of the speed of
+    oneDNN, by which torch convolves, and compiled models multiply. Where that is faster on this machine it is taken.
+    """
+    if torch.compiler.is_compiling() or not _pays(a, b):
+        return a @ b if bias is None else F.linear(a, b.mT, bias)
+    rows = a.reshape(-1, a.shape[-1])
+    value: Tensor = _Product.apply(rows, b, bias) if torch.is_grad_enabled() else by_onednn(rows, b.T, bias)  # pyright: ignore
+    return value.view(*a.shape[:-1], b.shape[1])
+
+
+def transposed_product(a: Float[Tensor, "m k"], b: Float[Tensor, "m n"]) -> Float[Tensor, "k n"]:
+    """A.T @ B, the longer one of its sides last in memory, which takes half as long where the other is short."""
+    return product(a.T, b) if a.shape[1] <= b.shape[1] else product(b.T, a).T
+
+
+def _pays(a: Tensor, b: Tensor) -> bool:
+    if not (a.device.type == "cpu" and a.dtype == b.dtype == torch.float32 and a.dim() and b.shape[0]):
+        return False
+    if 2 * a.numel() * b.shape[1] < _LEAST or torch.is_autocast_enabled("cpu") or torch.jit.is_tracing():  # pyright: ignore
+        return False
+    if torch._C._are_functorch_transforms_active():  # As torch.autograd.Function itself asks.
+        return False
+    # Who turns oneDNN off, to count operations for example, means this too.
+    return torch.backends.mkldnn.enabled and has_onednn() and machine().flops > _WORTH_IT * machine().batched  # pyright: ignore
+
+
+class _Product(torch.autograd.Function):
+    # Of the two forms that torch has for this, the one that takes less time.
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:  # noqa: ANN401  # pyright: ignore
+        ctx.save_for_backward(a, b)
+        ctx.save_for_forward(a, b)
+        return by_onednn(a, b.T, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401  # pyright: ignore
+        (a, b), wanted = ctx.saved_tensors, ctx.needs_input_grad
+        of_a = product(gradient, b.T) if wanted[0] else None
+        of_b = transposed_product(a, gradient) if wanted[1] else None
+        return of_a, of_b, gradient.sum(0) if wanted[2] else None
+
+    @staticmethod
+    def jvp(ctx: Any, of_a: Tensor | None, of_b: Tensor | None, of_bias: Tensor | None) -> Tensor:  # noqa: ANN401  # pyright: ignore
+        a, b = ctx.saved_tensors
+        parts = [] if of_a is None else [of_a @ b]
+        parts += [] if of_b is None else [a @ of_b]
+        parts += [] if of_bias is None else [of_bias.expand(len(a), -1)]
+        return torch.stack(parts).sum(0)
