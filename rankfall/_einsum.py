@@ -196,9 +196,9 @@ def run(steps: Plan, tensors: Sequence[Tensor]) -> Tensor:
 
 def _einsum(equation: str, taken: Sequence[Tensor]) -> Tensor:
     """torch.einsum, with one large product where there is one."""
-    if len(taken) == 2 and not torch.compiler.is_compiling():
-        pair = _pair(equation)
-        if pair is not None and sum(t.numel() for t in taken) >= _LARGE_PAIR:
+    if len(taken) == 2 and not torch.compiler.is_compiling() and taken[0].device.type == "cpu":
+        large = taken[0].dtype == torch.float32 and taken[0].numel() + taken[1].numel() >= _LARGE_PAIR
+        if large and (pair := _pair(equation)):
             return pair(*taken)
     return torch.einsum(equation, *taken)
 

@@ -23,7 +23,7 @@ def product(
     torch multiplies float32 matrices on a CPU by MKL, which on some, AMD's among them, reaches half of the speed of
     oneDNN, by which torch convolves, and compiled models multiply. Where that is faster on this machine it is taken.
     """
-    if torch.compiler.is_compiling() or not _pays(a, b):
+    if torch.compiler.is_compiling() or not pays(a, b):
         return a @ b if bias is None else F.linear(a, b.mT, bias)
     rows = a.reshape(-1, a.shape[-1])
     value: Tensor = _Product.apply(rows, b, bias) if torch.is_grad_enabled() else by_onednn(rows, b.T, bias)  # pyright: ignore
@@ -35,7 +35,13 @@ def transposed_product(a: Float[Tensor, "m k"], b: Float[Tensor, "m n"]) -> Floa
     return product(a.T, b) if a.shape[1] <= b.shape[1] else product(b.T, a).T
 
 
-def _pays(a: Tensor, b: Tensor) -> bool:
+def multiply_into(a: Float[Tensor, "m k"], b: Float[Tensor, "k n"], out: Float[Tensor, "m n"]) -> Tensor:
+    """A @ B written to `out`, without gradients."""
+    return out.copy_(by_onednn(a, b.T)) if pays(a, b) else torch.mm(a, b, out=out)
+
+
+def pays(a: Float[Tensor, "*batch k"], b: Float[Tensor, "k n"]) -> bool:
+    """Whether `product` takes oneDNN for these."""
     if not (a.device.type == "cpu" and a.dtype == b.dtype == torch.float32 and a.dim() and b.shape[0]):
         return False
     if 2 * a.numel() * b.shape[1] < _LEAST or torch.is_autocast_enabled("cpu") or torch.jit.is_tracing():  # pyright: ignore

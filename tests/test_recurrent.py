@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rankfall as rf
 from laws import close, make, naive_dense
-from rankfall import _recurrence
+from rankfall import _machine, _onednn, _products, _recurrence
 from rankfall.nn._formed import blocks_apart
 
 PAIRS = [(rf.nn.LSTM, nn.LSTM), (rf.nn.GRU, nn.GRU)]
@@ -279,3 +279,30 @@ def test_functional_call_takes_plain_tensors(ours, theirs, format):
     layer, x = ours(6, 8, format=format).eval(), torch.randn(3, 2, 6)
     values = {name: parameter.detach() for name, parameter in layer.named_parameters()}
     assert torch.equal(torch.func.functional_call(layer, values, (x,))[0], layer(x)[0])
+
+
+@pytest.mark.parametrize("ours", [rf.nn.LSTM, rf.nn.GRU])
+@pytest.mark.parametrize("rank", [2, 24], ids=["thin matrices", "formed"])
+def test_own_steps_multiply_by_onednn_where_it_pays(ours, rank, monkeypatch):
+    if not _onednn.has_onednn():
+        pytest.skip("this torch has no products by oneDNN")
+    made, by_onednn = [], _products.by_onednn
+    monkeypatch.setattr(_products, "_LEAST", 0)
+    monkeypatch.setattr(_products, "by_onednn", lambda *a: made.append(a[0].shape) or by_onednn(*a))
+    monkeypatch.setattr(ours, "_is_worth_it", lambda *_: True)
+    _machine.use(_machine.USUAL)
+    layer = ours(24, 32, bidirectional=True, format=rf.TT(rank), posterior=rf.Point()).train()
+    x = torch.randn(5, 3, 24, requires_grad=True)
+    leaves, direction = [x, *layer.parameters()], torch.randn(5, 3, 64)
+    found = layer(x)[0]
+    own = torch.autograd.grad(found, leaves, direction)
+    _machine.use(None)
+    steps = [shape for shape in made if shape[0] == 3]
+    assert len(steps) >= 2 * 5 * 2  # Of each direction and step, forwards and backwards.
+    layer.double()
+    wide = x.detach().double().requires_grad_()
+    wanted = layer(wide)[0]
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
+    theirs = torch.autograd.grad(wanted, [wide, *layer.parameters()], direction.double())
+    for a, b in zip(own, theirs, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-3)
