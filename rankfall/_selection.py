@@ -40,7 +40,7 @@ class Evidence:
     it gets two epochs at least; after a test that cut nothing the wait doubles. The last test comes at four fifths of
     the run; after that what is left can settle. If none came before it, it comes also where the rest
     of the run may still lower the NLL, or the bound, by up to half of what was learned, and two epochs with the whole
-    KL are enough. It removes all that does not pay, since no later one would.
+    KL are enough. A test that no other can follow any more removes all that does not pay.
 
     The test knows what a cut costs at once, not what training wins back. So when it cuts nothing, the cut that came
     nearest to paying is tried, if it costs less than twice what it saves. Four epochs later the same criterion is put
@@ -58,7 +58,7 @@ class Evidence:
             for sampling error, and the smaller the model. None takes 8,192, or one in 256 of a training set of more
             than two million: the margin grows with the size of the set, and what a slice saves hardly does.
         z: As for `rf.select_ranks_`.
-        max_cut: As for `rf.select_ranks_`, in all tests but the last of a run.
+        max_cut: As for `rf.select_ranks_`, in all tests that another one can follow.
         regrow: Whether slices are given back; without it no cut is tried either.
 
     Raises:
@@ -250,6 +250,7 @@ def _ask_(
     policy: Evidence, model: nn.Module, optimizer: Optimizer, history: Sequence[Record], training: Training
 ) -> Record:
     before, left = ranks(model), _last_test(training.epochs) - len(history) + 1
+    is_last = left < _COOLDOWN  # After a cut the run has to come to rest before the next one.
     cuts, misses = search_ranks_(
         model,
         optimizer,
@@ -257,7 +258,7 @@ def _ask_(
         num_data=training.num_data,
         beta=training.beta,
         z=policy.z,
-        max_cut=policy.max_cut if left else 1.0,
+        max_cut=1.0 if is_last else policy.max_cut,
         agree=training.agree,
     )
     if cuts:
