@@ -13,6 +13,7 @@ from _peers import embedding_peers, linear_peers, mean_field_peers
 from torch import Tensor, nn
 
 import rankfall as rf
+from rankfall._products import product
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,13 @@ def _two_modes(modes: tuple[int, ...]) -> tuple[int, ...]:
     return min(splits, key=max)
 
 
+class _DenseByOneDNN(nn.Linear):
+    """The dense layer with the products that rankfall makes, which torch's own does not."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return product(input, self.weight.T, self.bias)
+
+
 def _linear(name: str, matrix: _Matrix, kind: type[rf.TT], rank: int) -> Case:
     wide = kind in (rf.CP, rf.Tucker)
     out_modes = _two_modes(matrix.out_modes) if wide else matrix.out_modes
@@ -76,8 +84,10 @@ def _linear(name: str, matrix: _Matrix, kind: type[rf.TT], rank: int) -> Case:
         return step_of(rf.nn.Linear(width, rows, format=format, posterior=rf.Point()))
 
     peers = linear_peers(kind, in_modes, out_modes, rank)
+    by_onednn = {} if on_gpu() else {"dense by oneDNN": lambda: step_of(_DenseByOneDNN(width, rows))}
     rivals = {
         "dense": lambda: step_of(nn.Linear(width, rows)),
+        **by_onednn,
         "rankfall": ours,
         **{name: lambda make=make: step_of(make()) for name, make in peers.items()},
     }

@@ -9,6 +9,8 @@ at the speed of a large matrix product, or of the bytes at the speed of a large 
 measured first. Each case is written to the file of `--out` as it is done; what stands there from the same machine is
 not measured again. All rivals run with memory that stays with the process, as `rankfall train` does: without it the
 page faults of large outputs hide the differences.
+Products go by the faster one of torch's libraries in rankfall, MKL or oneDNN, and by MKL in torch's dense layers and in
+peers; "dense by oneDNN" is the dense layer with the products that rankfall makes.
 Peak memory is that of a fresh process for each rival. On a GPU, where most of these steps wait for the host, the dense
 layer's and rankfall's are also replayed as CUDA graphs, and memory is what the allocator gave at its peak. Peers that
 are not installed are left out; _peers.py says how they are installed. The versions of the others stand above the table,
@@ -29,10 +31,13 @@ from _peers import is_peer, packages, versions
 from _report import machine, table
 
 from rankfall._files import write_atomic
+from rankfall._machine import calibrate
+from rankfall._onednn import by_onednn, has_onednn
 from rankfall._pages import keep_pages
 
 _PEER_SECONDS = 120  # A rival whose first step takes longer is left out.
 _AS_GRAPH = ", graph"
+_BY_ONEDNN = "dense by oneDNN"
 
 
 def main() -> None:
@@ -51,6 +56,7 @@ def main() -> None:
         print(_peak(*options.memory_of))
         return
     keep_pages()
+    calibrate()
     known = {case.name: case for case in cases()}
     unknown = [name for name in options.cases if name not in known]
     if unknown:
@@ -87,12 +93,14 @@ def _earlier(path: Path | None) -> list[dict]:
 def _speeds() -> tuple[float, float]:
     """(floating-point operations, bytes) in a second: of a product of two matrices of 1024, and of a copy of 64 MB.
 
-    On a GPU of matrices of 8192, and of 1 GB.
+    By the faster one of torch's libraries; on a GPU of matrices of 8192, and of 1 GB.
     """
     side, numbers = (8192, 2**28) if on_gpu() else (1024, 2**24)
     a, b = torch.randn(2, side, side)
     source, target = torch.randn(2, numbers)
     product = _median(lambda: torch.mm(a, b), 10)
+    if not on_gpu() and has_onednn():
+        product = min(product, _median(lambda: by_onednn(a, b), 10))
     copy = _median(lambda: target.copy_(source), 10)
     return 2 * side**3 / product, 2 * 4 * numbers / copy
 
@@ -170,6 +178,7 @@ def _markdown(results: list[dict]) -> str:
             (
                 f"{result['case']}: {result['what']}",
                 *_beside_dense(ms, ""),
+                *(() if on_gpu() else (f"{ms[_BY_ONEDNN]:.2f}" if _BY_ONEDNN in ms else "",)),
                 *(_beside_dense(ms, _AS_GRAPH) if on_gpu() else ()),
                 f"{peers[best]:.2f}" if best else "",
                 f"{peers[best] / ms['rankfall']:.1f}" if best else "",
@@ -177,8 +186,8 @@ def _markdown(results: list[dict]) -> str:
                 " / ".join(_megabytes(memory.get(r)) for r in ("dense", "rankfall", best) if r) if memory else "",
             )
         )
-    graphs = ("dense as a graph, ms", "rankfall as a graph, ms", "of dense") if on_gpu() else ()
     beside = ("best peer, ms", "faster by", "limit, ms", "MB")
+    graphs = ("dense as a graph, ms", "rankfall as a graph, ms", "of dense") if on_gpu() else (f"{_BY_ONEDNN}, ms",)
     shown = table(("case", "dense, ms", "rankfall, ms", "of dense", *graphs, *beside), rows)
     return f"{_caption(results)}\n\n{shown}"
 

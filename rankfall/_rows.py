@@ -105,17 +105,21 @@ class TableRows(Rows):
 
     def taken(self) -> Float[Tensor, "*ids width"]:
         """As for `Rows`."""
-        if may_look_at(self.table) and torch.get_num_threads() == 1 and self.places.numel() >= _MANY:
+        if _adds_faster(self.table, self.places):
             rows: Tensor = _Taken.apply(self.table, self.places.flatten())  # pyright: ignore
             return rows.view(*self.places.shape, self.table.shape[1])
         return F.embedding(self.places, self.table)
 
     def reduced(self, bags: Bags) -> Float[Tensor, "bags width"]:
         """As for `Rows`."""
+        offsets = None if bags.offsets is None else bags.offsets.to(self.places.dtype)
+        if bags.left_out is None and bags.weights is None and _adds_faster(self.table, self.places):
+            sums: Tensor = _Reduced.apply(self.table, self.places, offsets, bags.mode, bags.with_last)  # pyright: ignore
+            return sums
         return F.embedding_bag(
             self.places,
             self.table,
-            None if bags.offsets is None else bags.offsets.to(self.places.dtype),
+            offsets,
             mode=bags.mode,
             per_sample_weights=None if bags.weights is None else bags.weights.to(self.table.dtype),
             include_last_offset=bags.with_last,
@@ -128,6 +132,11 @@ class TableRows(Rows):
             return id % self.strides[1] * self.strides[0] + id // self.strides[1]
         place = int(torch.searchsorted(self.distinct, id))
         return place if place < len(self.distinct) and int(self.distinct[place]) == id else None
+
+
+def _adds_faster(table: Tensor, places: Tensor) -> bool:
+    """Whether gradients of rows are added faster by our own functions than by torch's, which make many threads work."""
+    return may_look_at(table) and torch.get_num_threads() == 1 and places.numel() >= _MANY
 
 
 class _Taken(torch.autograd.Function):
@@ -152,6 +161,38 @@ class _Taken(torch.autograd.Function):
         (places,) = ctx.saved_tensors
         # Rows that lie apart, as those of a stack do, would be added one small call at a time.
         return gradient.new_zeros(ctx.rows, gradient.shape[1]).index_add_(0, places, gradient.contiguous()), None
+
+
+class _Reduced(torch.autograd.Function):
+    """F.embedding_bag, the gradient added up row by row, in two fifths of the time of its own."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(table: Tensor, places: Tensor, offsets: Tensor | None, mode: str, with_last: bool) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return F.embedding_bag(places, table, offsets, mode=mode, include_last_offset=with_last)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ANN401  autograd's
+        table, places, offsets, ctx.mode, ctx.with_last = inputs
+        ctx.save_for_backward(places, offsets)
+        ctx.rows = len(table)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401  # pyright: ignore
+        places, offsets = ctx.saved_tensors
+        if offsets is None:
+            sizes = places.new_full((len(places),), places.shape[1])
+        else:
+            ends = offsets[1:] if ctx.with_last else torch.cat([offsets[1:], offsets.new_tensor([len(places)])])
+            sizes = ends - offsets[: len(ends)]
+        if ctx.mode == "mean":
+            gradient = gradient / sizes.clamp_min(1).unsqueeze(1)
+        bags = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)
+        of_each = gradient.index_select(0, bags)
+        # What lies behind a last offset is in no bag.
+        summed = gradient.new_zeros(ctx.rows, gradient.shape[1])
+        return summed.index_add_(0, places.flatten()[: len(of_each)], of_each), None, None, None, None
 
 
 @dataclass(frozen=True)

@@ -222,6 +222,32 @@ def test_bags_are_those_of_the_dense_table(kind, mode, offsets, padding_idx):
             gradients_match(layer(ids, bounds), expected, [*t.factors, *(t.log_stds if t.training else [])])
 
 
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_gradients_of_bags_do_not_depend_on_the_number_of_threads(mode, threads, monkeypatch):
+    monkeypatch.setattr(_rows, "_MANY", 0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        t = make(rf.TT(4), (30, 8), posterior=rf.Point())
+        ids = torch.tensor([3, 5, 5, 29, 0, 3])
+        for last in (False, True):
+            layer = layer_around(t, rf.nn.EmbeddingBag, mode=mode, include_last_offset=last)
+            for offsets in BAGS.values():
+                bounds = torch.cat([offsets, torch.tensor([6])]) if last else offsets
+                expected = F.embedding_bag(ids, naive_dense(t, t.factors), bounds, mode=mode, include_last_offset=last)
+                gradients_match(layer(ids, bounds), expected, list(t.factors))
+                if threads == 1:  # torch's own has none.
+                    again = (lambda *_, layer=layer, bounds=bounds: layer(ids, bounds)), tuple(t.factors)
+                    assert torch.autograd.gradgradcheck(*again)
+        layer = layer_around(t, rf.nn.EmbeddingBag, mode=mode)
+        for pairs in (ids.view(3, 2), ids.view(2, 3).int()):
+            expected = F.embedding_bag(pairs, naive_dense(t, t.factors), mode=mode)
+            gradients_match(layer(pairs), expected, list(t.factors))
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.usefixtures("as_on_a_gpu")
 def test_bags_of_one_size_and_weights(kind):
     t = make(kind(4), (30, 8))
