@@ -10,8 +10,13 @@ from torch import Tensor
 
 def by_onednn(a: Float[Tensor, "m k"], b: Float[Tensor, "n k"], bias: Float[Tensor, " n"] | None = None) -> Tensor:
     """A @ B.T + bias in float32, in any order of axes, without gradients."""
-    value: Tensor = torch.ops.mkldnn._linear_pointwise.default(a, b, bias, "none", [], "")
+    value: Tensor = torch.ops.mkldnn._linear_pointwise.default(_without_gaps(a), _without_gaps(b), bias, "none", [], "")
     return value
+
+
+def _without_gaps(matrix: Tensor) -> Tensor:
+    # Of a matrix that is part of a larger one a plain loop may take hold, a thousand times slower.
+    return matrix if matrix.is_contiguous() or matrix.T.is_contiguous() else matrix.contiguous()
 
 
 @cache

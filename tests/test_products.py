@@ -120,6 +120,23 @@ def test_where_it_does_not_pay_or_is_not_wanted_torch_s_own_is_taken(calls, monk
     assert not calls
 
 
+def test_no_matrix_with_gaps_reaches_it(monkeypatch):
+    given, linear = [], torch.ops.mkldnn._linear_pointwise.default
+
+    class Watched:
+        @staticmethod
+        def default(a, b, *others):
+            given.extend([a, b])
+            return linear(a, b, *others)
+
+    a, b = torch.randn(6, 9)[:, :5], torch.randn(12, 4).T[:, :5]
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", Watched)
+    near(_onednn.by_onednn(a, b), a.double() @ b.double().T)
+    near(_onednn.by_onednn(torch.ones(()).expand(3, 5), b), torch.ones(3, 5).double() @ b.double().T)
+    assert len(given) == 4
+    assert all(matrix.is_contiguous() or matrix.T.is_contiguous() for matrix in given)
+
+
 def test_a_torch_without_it(monkeypatch):
     def missing(*_):
         raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute '_linear_pointwise'")
