@@ -81,7 +81,7 @@ class Way:
     @property
     def cost(self) -> int:
         """Time, in floating-point operations."""
-        return cost_of(self.effort, self.elements)
+        return cost_of(self.effort, self.elements) + round(machine().flops * _CALLS[self.kind])
 
     def is_like(self, other: "Way") -> bool:
         """Whether it is the same way, for another number of vectors."""
@@ -98,8 +98,10 @@ class Way:
 # A weight of so many entries is not kept for the gradients where forming it takes no more than this part of a forward
 # pass: to form it again makes a training step of three such passes longer by a third of that part.
 _WORTH_FORGETTING, _LITTLE = 1 << 18, 0.05
-# What a step reads or writes is also brought into the order of axes that its product wants, piece by small piece.
-_COPIES = 2.5
+# Fitted to benchmarks/planner.py: what a step reads or writes is also brought into the order of axes that its product
+# wants, and a weight is formed piece by piece. Then the seconds that it takes to call all operations of a forward pass.
+_COPIES, _PIECES = 1.5, 1.3
+_CALLS = {"formed": 3e-5, "halves": 1.3e-4, "cut": 1e-4, "steps": 1.3e-4}
 
 
 @planned_once
@@ -138,6 +140,7 @@ def linear_ways(layout: Layout, shapes: Shapes, rows: int) -> list[Way]:
     formed = forming(layout, shapes).plan
     steps = linear_plan(layout, shapes, rows)
     whole = _with_products("formed", formed, rows, (width, out))
+    whole = replace(whole, elements=round(_PIECES * whole.elements))
     again = out * width >= _WORTH_FORGETTING and formed.cost <= _LITTLE * whole.cost
     ways = [
         replace(whole, again=again),

@@ -104,7 +104,7 @@ def test_plans_follow_the_figures():
 @pytest.mark.parametrize("kind", [rf.CP, rf.Tucker, rf.TT, rf.TTM, rf.TR])
 def test_a_count_says_how_and_how_long(kind):
     found = costs(nn.Sequential(nn.Linear(784, 512)), kind(4), batch_size=100).layers[0]
-    assert found.seconds == pytest.approx(found.flops / USUAL.flops, rel=3)
+    assert found.flops / USUAL.flops < found.seconds < 4 * found.flops / USUAL.flops + 3e-4
     flops, elements = 2 * 100 * 784 * 512, 784 * 512 + 100 * (784 + 512)
     assert found.dense_seconds == pytest.approx(flops / USUAL.batched + elements / USUAL.elements)
     assert any(words in found.way for words in ("formed", "thin", "cut at r", "factor by factor"))
