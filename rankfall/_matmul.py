@@ -39,7 +39,7 @@ from rankfall._einsum import (
 )
 from rankfall._layout import Layout
 from rankfall._machine import machine
-from rankfall._products import product, transposed_product
+from rankfall._products import is_varying, product, transposed_product, varying
 
 
 def linear_plan(layout: Layout, shapes: Shapes, rows: int) -> Plan:
@@ -108,6 +108,12 @@ _CALLS = {"formed": 3e-5, "halves": 1.3e-4, "cut": 1e-4, "steps": 1.3e-4}
 def linear_way(layout: Layout, shapes: Shapes, rows: int) -> Way:
     """The cheapest way to multiply so many vectors by a matrix in factors; see `linear_ways`."""
     return min(linear_ways(layout, shapes, rows), key=lambda way: way.cost)
+
+
+@planned_once
+def least_effort(layout: Layout, shapes: Shapes, rows: int) -> int:
+    """How many operations of one large product the way with the least of them takes."""
+    return min(way.effort for way in linear_ways(layout, shapes, rows))
 
 
 def way_of_rows(layout: Layout, shapes: Shapes, rows: int) -> Way:
@@ -273,10 +279,15 @@ class _TwoThin(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Tensor]) -> None:  # noqa: ANN401  autograd's
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[:3], output[1])
-        ctx.has_bias = inputs[3] is not None
+        ctx.has_bias, ctx.varies = inputs[3] is not None, is_varying()
 
     @staticmethod
     def backward(ctx: Any, of_y: Tensor | None, of_between: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401  # pyright: ignore
+        with varying(ctx.varies):
+            return _TwoThin._gradients(ctx, of_y, of_between)
+
+    @staticmethod
+    def _gradients(ctx: Any, of_y: Tensor | None, of_between: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         x, b, a, between = ctx.saved_tensors
         of_a = of_bias = None
         if of_y is not None:

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Products of matrices by the faster one of the two libraries that torch has on a CPU."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -12,18 +15,42 @@ from rankfall._machine import machine
 from rankfall._onednn import by_onednn, has_onednn
 
 _LEAST = 3_000_000  # Operations; a product of fewer loses more by the call than it gains.
+# oneDNN writes a program for each new shape, which takes half a millisecond: too long for a product that is made once.
+_LEAST_ONCE = 150_000_000
 _WORTH_IT = 1.1  # How much faster a library has to be.
 
 
+_varies: ContextVar[bool] = ContextVar("varies", default=False)
+
+
+@contextmanager
+def varying(so: bool = True) -> Iterator[None]:
+    """Inside, shapes of products are taken to be new at every step, as those of sequences of any length are."""
+    token = _varies.set(so)
+    try:
+        yield
+    finally:
+        _varies.reset(token)
+
+
+def is_varying() -> bool:
+    """Whether shapes are taken to be new at every step."""
+    return _varies.get()
+
+
 def product(
-    a: Float[Tensor, "*batch k"], b: Float[Tensor, "k n"], bias: Float[Tensor, " n"] | None = None
+    a: Float[Tensor, "*batch k"],
+    b: Float[Tensor, "k n"],
+    bias: Float[Tensor, " n"] | None = None,
+    *,
+    varies: bool = False,
 ) -> Float[Tensor, "*batch n"]:
-    """A @ B, plus a bias.
+    """A @ B, plus a bias; `varies` is as inside of `varying`.
 
     torch multiplies float32 matrices on a CPU by MKL, which on some, AMD's among them, reaches half of the speed of
     oneDNN, by which torch convolves, and compiled models multiply. Where that is faster on this machine it is taken.
     """
-    if torch.compiler.is_compiling() or not pays(a, b):
+    if torch.compiler.is_compiling() or not pays(a, b, varies=varies):
         return a @ b if bias is None else F.linear(a, b.mT, bias)
     rows = a.reshape(-1, a.shape[-1])
     value: Tensor = _Product.apply(rows, b, bias) if torch.is_grad_enabled() else by_onednn(rows, b.T, bias)  # pyright: ignore
@@ -40,11 +67,12 @@ def multiply_into(a: Float[Tensor, "m k"], b: Float[Tensor, "k n"], out: Float[T
     return out.copy_(by_onednn(a, b.T)) if pays(a, b) else torch.mm(a, b, out=out)
 
 
-def pays(a: Float[Tensor, "*batch k"], b: Float[Tensor, "k n"]) -> bool:
+def pays(a: Float[Tensor, "*batch k"], b: Float[Tensor, "k n"], *, varies: bool = False) -> bool:
     """Whether `product` takes oneDNN for these."""
     if not (a.device.type == "cpu" and a.dtype == b.dtype == torch.float32 and a.dim() and b.shape[0]):
         return False
-    if 2 * a.numel() * b.shape[1] < _LEAST or torch.is_autocast_enabled("cpu") or torch.jit.is_tracing():  # pyright: ignore
+    least = _LEAST_ONCE if varies or _varies.get() else _LEAST
+    if 2 * a.numel() * b.shape[1] < least or torch.is_autocast_enabled("cpu") or torch.jit.is_tracing():  # pyright: ignore
         return False
     if torch._C._are_functorch_transforms_active():  # As torch.autograd.Function itself asks.
         return False

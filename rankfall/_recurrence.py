@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import PackedSequence
 from rankfall._contract import LEAST_RANK, Halves, dense, halves, matrices
 from rankfall._einsum import shapes_of
 from rankfall._layout import Layout
-from rankfall._products import multiply_into, pays, product
+from rankfall._products import multiply_into, pays, product, varying
 
 Sequences: TypeAlias = Tensor | PackedSequence
 
@@ -123,6 +123,10 @@ class Recurrent(NamedTuple):
 
     def gradients(self, gates: Tensor, past: Tensor, between: Tensor) -> tuple[Tensor, Tensor | None]:
         """Those of `left` and `right`, from the gradients of all gates and the states before each row."""
+        with varying():
+            return self._gradients(gates, past, between)
+
+    def _gradients(self, gates: Tensor, past: Tensor, between: Tensor) -> tuple[Tensor, Tensor | None]:
         of_left = torch.empty_like(self.left)
         if self.right is None:
             return _products(gates.transpose(1, 2), past, of_left), None

@@ -66,7 +66,7 @@ class Rows(ABC):
 
     def widened(self, read: Tensor) -> Tensor:
         """Rows, or sums of them, as rows of the whole matrix."""
-        return read if self.after is None else product(read, self.after)
+        return read if self.after is None else product(read, self.after, varies=True)
 
 
 @dataclass(frozen=True)

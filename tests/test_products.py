@@ -137,6 +137,29 @@ def test_no_matrix_with_gaps_reaches_it(monkeypatch):
     assert all(matrix.is_contiguous() or matrix.T.is_contiguous() for matrix in given)
 
 
+def test_products_of_varying_shapes_have_to_be_larger(calls, monkeypatch):
+    monkeypatch.setattr(_products, "_LEAST_ONCE", 200)
+    a, b = torch.randn(5, 4, requires_grad=True), torch.randn(4, 5)
+    with _products.varying():
+        assert _products.is_varying()
+        product(a, b[:, :4])
+        assert not calls
+        product(a, b).sum().backward()
+    assert len(calls) == 2
+    assert not _products.is_varying()
+
+
+def test_gradients_of_thin_matrices_are_made_as_these_were(calls, monkeypatch):
+    monkeypatch.setattr(_products, "_LEAST_ONCE", 10**9)
+    layer = rf.nn.Linear(30, 24, format=rf.TT(4), posterior=rf.Point())
+    x = torch.randn(200, 30, requires_grad=True)
+    for varies in (True, False):
+        with _products.varying(varies):
+            y = layer(x)
+        y.sum().backward()
+        assert (not calls) == varies
+
+
 def test_a_torch_without_it(monkeypatch):
     def missing(*_):
         raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute '_linear_pointwise'")

@@ -13,9 +13,10 @@ from torch.nn.utils.rnn import PackedSequence
 from rankfall._cudnn import cudnn_where_right
 from rankfall._einsum import rounded, shapes_of
 from rankfall._formats import Format
-from rankfall._matmul import linear, linear_way
+from rankfall._matmul import least_effort, linear
 from rankfall._posteriors import Posterior
 from rankfall._priors import Prior
+from rankfall._products import varying
 from rankfall._recurrence import (
     Clock,
     Recurrent,
@@ -189,7 +190,7 @@ class _Recurrent(Formed):
         data = input.data if isinstance(input, PackedSequence) else input
         rows = rounded(math.prod(data.shape[:-1]))
         tensors = [self._tensor(name) for name in self._weights if "_ih_" in name]
-        planned = sum(linear_way(t.layout, shapes_of(t.factors), rows).effort for t in tensors)
+        planned = sum(least_effort(t.layout, shapes_of(t.factors), rows) for t in tensors)
         return planned < _CHEAP_INPUTS * sum(2 * rows * math.prod(t.shape) for t in tensors)
 
     def _states_shape(self, input: Sequences) -> tuple[int, ...]:
@@ -238,10 +239,11 @@ class _Recurrent(Formed):
         clock: Clock,
     ) -> tuple[Tensor, ...]:
         """Outputs and last states of the directions of one layer."""
-        projected = [
-            linear(self._tensor(f"weight_ih{name}").layout, drawn[f"weight_ih{name}"], x, self._input_bias(name))
-            for name, x in zip(names, inputs, strict=True)
-        ]
+        with varying():
+            projected = [
+                linear(self._tensor(f"weight_ih{name}").layout, drawn[f"weight_ih{name}"], x, self._input_bias(name))
+                for name, x in zip(names, inputs, strict=True)
+            ]
         recurrent = [f"weight_hh{name}" for name in names]
         weights = recurrent_of([(self._tensor(name).layout, drawn[name]) for name in recurrent])
         return self._advance(names, weights, states, clock, projected)
