@@ -14,7 +14,7 @@ from torch import Tensor
 from rankfall._machine import machine
 from rankfall._onednn import by_onednn, has_onednn
 
-_LEAST = 3_000_000  # Operations; a product of fewer loses more by the call than it gains.
+_LEAST = 8_000_000  # Operations; a product of fewer loses more by the call than it gains.
 # oneDNN writes a program for each new shape, which takes half a millisecond: too long for a product that is made once.
 _LEAST_ONCE = 150_000_000
 _WORTH_IT = 1.1  # How much faster a library has to be.
