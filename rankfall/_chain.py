@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rankfall._einsum import contract, power_of_two
 from rankfall._layout import Layout
+from rankfall._machine import machine
 from rankfall._rows import may_look_at
 
 Joined: TypeAlias = tuple[int, int]
@@ -54,7 +55,7 @@ def chain_rows(
     return found[:, : layout.shape[1]]
 
 
-_WORTH_PARTING = 0.75  # Part of the rows that distinct beginnings may be and still pay for their own step.
+WORTH_PARTING = 0.75  # Part of the rows that distinct beginnings may be and still pay for their own step.
 _Level: TypeAlias = tuple[Int[Tensor, " n"], Int[Tensor, " n"] | None]
 
 
@@ -67,7 +68,7 @@ def _levels(rows: Int[Tensor, " n"], modes: Sequence[int]) -> tuple[Int[Tensor, 
     for mode in reversed(modes[1:]):
         digit, rows = rows % mode, torch.div(rows, mode, rounding_mode="floor")
         place = None
-        if may_look_at(rows) and (rows[1:] != rows[:-1]).sum() < _WORTH_PARTING * len(rows) - 1:
+        if may_look_at(rows) and (rows[1:] != rows[:-1]).sum() < WORTH_PARTING * len(rows) - 1:
             rows, place = torch.unique_consecutive(rows, return_inverse=True)
         levels.append((digit, place))
     return rows, levels[::-1]
@@ -152,11 +153,28 @@ def _times_own(
     return torch.bmm(left, matrices.index_select(0, which))
 
 
+def costs_of_own(count: int, matrices: int, p: int, q: int, s: int) -> tuple[int, int]:
+    """(operations in a batch that take as long as `_times_own` on these sizes, elements read and written)."""
+    each, size = count // matrices, q * s
+    thin = s <= _THIN and not (p >= _TALL and q >= _THIN)
+    call = round(machine().batched * machine().call) * (1 + thin)
+    if each < 2 or size < _LARGE_SLICE:
+        return count * max(2 * p * size, call), count * (p * s + 2 * size)
+    # Seats for whole tables, of which about one of each matrix is not full.
+    together = _together(each)
+    tables = min(matrices, count) // 2 + count // together
+    return tables * max(2 * together * p * size, call), count * p * (2 * q + 2 * s) + 2 * tables * size
+
+
+def _together(each: int) -> int:
+    return min(max(power_of_two(each), _TOGETHER), _MOST_TOGETHER)
+
+
 def _times_shared(
     left: Float[Tensor, "n p q"], matrices: Float[Tensor, "m q s"], which: Int[Tensor, " n"]
 ) -> Float[Tensor, "n p s"]:
     count, p, q = left.shape
-    together = min(max(power_of_two(count // len(matrices)), _TOGETHER), _MOST_TOGETHER)
+    together = _together(count // len(matrices))
     place, owner = _seats(which, len(matrices), together)
     seats = left.new_zeros(len(owner) * together, p * q).index_copy(0, place, left.reshape(count, p * q))
     products = torch.bmm(seats.view(len(owner), together * p, q), matrices.index_select(0, owner))

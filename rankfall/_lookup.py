@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rankfall import _contract
-from rankfall._chain import APART, Joined, chain_rows, is_chain_of_matrices, parts_of
+from rankfall._chain import APART, WORTH_PARTING, Joined, chain_rows, costs_of_own, is_chain_of_matrices, parts_of
 from rankfall._contract import NARROW, Halves, cut_at, effort_of_mixed, halves, matrices, mixed, part_plan
 from rankfall._einsum import Axes, Plan, Shapes, contract, cost_of, plan, planned_once, rounded, run, shapes_of
 from rankfall._layout import Layout
@@ -138,9 +138,11 @@ def readings(layout: Layout, shapes: Shapes, ids: int, outputs: int) -> list[Rea
         part = part_plan(layout, shapes, thin.first, (*layout.axes[0], *thin.joint))
         consider(True, thin, 0, part, rank)
         consider(False, thin, 0, _row_plan(layout, shapes, distinct, thin.first, thin.joint), rank)
-    consider(False, None, 0, _row_plan(layout, shapes, distinct, everything, layout.axes[1]), width)
-    for joined in _joinable(layout, distinct):
-        consider(False, None, 0, _plan_of_joined(layout, shapes, distinct, joined), width, joined)
+    if not is_chain_of_matrices(layout):
+        consider(False, None, 0, _row_plan(layout, shapes, distinct, everything, layout.axes[1]), width)
+    else:
+        for joined in (APART, *_joinable(layout, distinct)):
+            consider(False, None, 0, _plan_of_chain(layout, shapes, distinct, joined), width, joined)
     return found
 
 
@@ -157,19 +159,32 @@ def _joinable(layout: Layout, rows: int) -> Iterator[Joined]:
                 yield first, last
 
 
-def _plan_of_joined(layout: Layout, shapes: Shapes, rows: int, joined: Joined) -> Plan:
-    """What the ends cost, and rows of what is a shorter chain then."""
-    flops = elements = 0
-    factors: list[Axes] = []
-    for part in parts_of(len(layout.factors), joined):
-        taken = layout.factors[part.start : part.stop]
-        names = [name for axes in taken for name in axes]
-        factors.append(tuple(name for name in names if names.count(name) == 1))
+def _plan_of_chain(layout: Layout, shapes: Shapes, rows: int, joined: Joined) -> Plan:
+    """What the ends cost, and rows of what is a shorter chain then, as `chain_rows` makes them of random rows."""
+    flops = elements = batched = 0
+    ranks = layout.ranks(shapes)
+    bonds = [1, *(ranks[bond] for bond in layout.bonds), 1]
+    parts = parts_of(len(layout.factors), joined)
+    beginnings = [rows]  # Of each part the rows that differ up to there, from the last part to the first.
+    for part in reversed(parts[1:]):
+        distinct = math.prod(layout.modes[0][: part.start])
+        beginnings.append(distinct if distinct <= WORTH_PARTING * beginnings[-1] else beginnings[-1])
+    width, before = 1, 0
+    for part, count in zip(parts, reversed(beginnings), strict=True):
+        names = [name for axes in layout.factors[part.start : part.stop] for name in axes]
         if len(part) > 1:
-            made = part_plan(layout, shapes, part, factors[-1])
+            made = part_plan(layout, shapes, part, tuple(name for name in names if names.count(name) == 1))
             flops, elements = flops + made.flops, elements + made.elements
-    row = _order(layout, shapes, rows, factors, layout.axes[1])
-    return Plan((), flops + row.flops, elements + row.elements, row.batched)
+        left, right = bonds[part.start], bonds[part.stop]
+        matrices, wider = (math.prod(modes[part.start : part.stop]) for modes in layout.modes)
+        if part.start:
+            effort, moved = costs_of_own(count, matrices, width, left, wider * right)
+            batched += effort
+            elements += moved + 2 * count * width * left * (count > before)
+        else:
+            elements += 2 * count * wider * right
+        width, before = width * wider, count
+    return Plan((), flops + batched, elements, batched)
 
 
 def _table_by_cut(layout: Layout, shapes: Shapes, bond: int) -> Plan:

@@ -101,7 +101,7 @@ _WORTH_FORGETTING, _LITTLE = 1 << 18, 0.05
 # Fitted to benchmarks/planner.py: what a step reads or writes is also brought into the order of axes that its product
 # wants, and a weight is formed piece by piece. Then the seconds that it takes to call all operations of a forward pass.
 _COPIES, _PIECES = 1.5, 1.3
-_CALLS = {"formed": 3e-5, "halves": 1.3e-4, "cut": 1e-4, "steps": 1.3e-4}
+_CALLS = {"formed": 3e-5, "halves": 1.3e-4, "cut": 1e-4, "steps": 1.7e-4}
 
 
 @planned_once

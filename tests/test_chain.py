@@ -10,6 +10,7 @@ import rankfall as rf
 from laws import make
 from rankfall import _chain, _lookup
 from rankfall._lookup import reading
+from rankfall._machine import Machine, use
 from table_rows import check_rows
 
 
@@ -131,3 +132,27 @@ def test_rows_that_seldom_begin_alike_go_their_own_way():
     assert torch.equal(heads, torch.tensor([0, 0, 1, 2]))
     assert [digit.tolist() for digit, _ in levels] == [[0, 0, 0, 0], [0, 1, 0, 0]]
     assert [place for _, place in levels] == [None, None]
+
+
+def test_a_chain_costs_what_its_products_do():
+    """Of 4, 12 and 60 rows: two products, for as many rows as begin alike where these are fewer, and for all."""
+    layout = rf.TTM(3, out_modes=(4, 3, 5), in_modes=(2, 3, 4)).layout((60, 24))
+    shapes = layout.factor_shapes({"r1": 3, "r2": 3})
+    use(Machine(flops=1e9, batched=1e9, call=1e-9))
+    found = {rows: _lookup._plan_of_chain(layout, shapes, rows, _chain.APART) for rows in (10, 1000)}
+    joined = _lookup._plan_of_chain(layout, shapes, 1000, (2, 1))
+    use(None)
+    for rows, beginnings in ((10, 10), (1000, 12)):
+        plan = found[rows]
+        assert plan.flops == plan.batched == 2 * beginnings * 2 * 3 * 3 * 3 + 2 * rows * 6 * 3 * 4
+    assert joined.batched == 2 * 1000 * 6 * 3 * 4
+
+
+def test_seats_of_whole_tables_cost_as_such(monkeypatch):
+    use(Machine(flops=1e9, batched=1e9, call=1e-9))
+    alone, _ = _chain.costs_of_own(64, 8, 4, 16, 64)
+    monkeypatch.setattr(_chain, "_LARGE_SLICE", 10**9)
+    each, _ = _chain.costs_of_own(64, 8, 4, 16, 64)
+    use(None)
+    assert each == 64 * 2 * 4 * 16 * 64
+    assert alone == (8 // 2 + 64 // 8) * 8 * 2 * 4 * 16 * 64
