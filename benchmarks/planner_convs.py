@@ -8,18 +8,15 @@ the rounds. Expected is three times what the planner says of the forward pass, b
 anew). The dense layer stands beside.
 """
 
-import argparse
 import math
 
 import torch
-from _device import add_device, captured, on_gpu, seconds, use_device
-from _report import machine as described
+from _device import captured, on_gpu, seconds
+from _planners import begin
 from _report import table
 
 import rankfall as rf
 from rankfall import _convolve
-from rankfall._machine import calibrate
-from rankfall._pages import keep_pages
 
 _SIZES = ((16, 32, 64), (64, 16, 64), (128, 8, 64), (256, 14, 16))  # Channels in and out, height and width, pictures.
 _RANKS = (4, 16, 32)
@@ -27,22 +24,15 @@ _FORMATS = (rf.CP, rf.Tucker, rf.TT, rf.TTM)
 
 
 def main() -> None:
-    keep_pages()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    add_device(parser)
-    options = parser.parse_args()
-    use_device(options.device)
-    flops = calibrate(anew=True).flops
-    print(f"{described()}; {flops / 1e9:.0f} GFLOP/s\n")
+    rounds, flops = begin(__doc__)
     rows, losses, off, of_dense = [], [], [], []
     for channels, side, pictures in _SIZES:
         x = torch.randn(pictures, channels, side, side, requires_grad=True)
         dense = torch.nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        dense_ms = _milliseconds(lambda net=dense, x=x: net(x), [x, *dense.parameters()], options.rounds)
+        dense_ms = _milliseconds(lambda net=dense, x=x: net(x), [x, *dense.parameters()], rounds)
         for format in (kind(rank) for kind in _FORMATS for rank in _RANKS):
             what = f"{channels} channels, {pictures} of {side} x {side}, {type(format).__name__} {format.max_rank}"
-            found, chosen = _measured(x, format, options.rounds, flops)
+            found, chosen = _measured(x, format, rounds, flops)
             best = min(measured for *_, measured in found)
             for way, expected, measured in found:
                 off.append(abs(math.log(measured / expected)))

@@ -8,19 +8,16 @@ is three times what the planner says of the forward pass, by the figures of this
 expected to take over a second are not run: the table of ten million rows as a whole, above all.
 """
 
-import argparse
 import math
 
 import torch
-from _device import add_device, captured, on_gpu, seconds, use_device
-from _report import machine as described
+from _device import captured, on_gpu, seconds
+from _planners import begin
 from _report import table
 
 import rankfall as rf
 from rankfall import _lookup
 from rankfall._einsum import rounded, shapes_of
-from rankfall._machine import calibrate
-from rankfall._pages import keep_pages
 
 _TOO_LONG = 1.0  # Seconds.
 _CASES = (
@@ -34,19 +31,12 @@ _CASES = (
 
 
 def main() -> None:
-    keep_pages()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    add_device(parser)
-    options = parser.parse_args()
-    use_device(options.device)
-    flops = calibrate(anew=True).flops
-    print(f"{described()}; {flops / 1e9:.0f} GFLOP/s\n")
+    rounds, flops = begin(__doc__)
     rows, losses, off = [], [], []
     for count, width, format, sets in _CASES:
         weight = rf.LowRankTensor((count, width), format, posterior=rf.Point())
         for ids in sets:
-            found = _measured(weight, ids, options.rounds, flops)
+            found = _measured(weight, ids, rounds, flops)
             chosen = _lookup.reading(weight.layout, shapes_of(weight.factors), rounded(ids), rounded(ids))
             best = min(measured for *_, measured in found)
             what = f"{ids:,} ids of {count:,} x {width}, {type(format).__name__} {format.max_rank}"

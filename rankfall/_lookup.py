@@ -42,7 +42,7 @@ def lookup_plan(layout: Layout, shapes: Shapes, rows: int) -> Plan:
     Args:
         layout: A layout with two axes.
         shapes: The shapes of the factors, at today's ranks.
-        rows: The number of rows; rounded up to a power of two, so that few plans are made.
+        rows: The number of rows; rounded up, so that few plans are made.
     """
     return _row_plan(layout, shapes, rows, tuple(range(len(layout.factors))), layout.axes[1])
 

@@ -48,7 +48,7 @@ def linear_plan(layout: Layout, shapes: Shapes, rows: int) -> Plan:
     Args:
         layout: A layout with two axes.
         shapes: The shapes of the factors, at today's ranks.
-        rows: The number of vectors; rounded up to a power of two, so that few plans are made.
+        rows: The number of vectors; rounded up, so that few plans are made.
     """
     out_names, in_names = layout.axes
     sizes = layout.mode_sizes | layout.ranks(shapes) | {BATCH: rounded(rows)}
@@ -124,7 +124,8 @@ def way_of_rows(layout: Layout, shapes: Shapes, rows: int) -> Way:
     # The order of steps is planned for a rounded number whatever it is asked for.
     steps = linear_plan(layout, shapes, rows)
     flops, elements = counted_in_steps(steps, ((rows, *layout.modes[1]), *shapes))
-    return replace(chosen, flops=flops, effort=flops, elements=chosen.elements * elements // steps.elements)
+    effort = chosen.effort * flops // max(chosen.flops, 1)
+    return replace(chosen, flops=flops, effort=effort, elements=chosen.elements * elements // steps.elements)
 
 
 def dense_cost(layout: Layout, rows: int) -> int:

@@ -57,6 +57,15 @@ def test_operations_are_those_of_the_way_that_is_shown(kind, rows):
         assert rows / rounded(rows) * chosen.flops <= counted.flops < chosen.flops
 
 
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_way_costs_what_it_was_chosen_by_where_nothing_is_rounded(kind):
+    for rank, rows in ((2, 128), (4, 2048), (16, 128)):
+        layer = rf.nn.Linear(784, 512, format=kind(rank))
+        layout, shapes = layer.weight.layout, shapes_of(layer.weight.factors)
+        assert rounded(rows) == rows
+        assert layer.expected(rows).cost == linear_way(layout, shapes, rows).cost
+
+
 def test_steps_are_counted_for_the_true_number_of_rows():
     """What multiplies the rows grows with them, and what joins factors alone does not."""
     layer = rf.nn.Linear(784, 512, format=rf.Tucker(4))

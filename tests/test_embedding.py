@@ -45,20 +45,24 @@ def test_rows_are_those_of_the_dense_table(kind, shape, posterior):
     check_rows(t, torch.zeros(0, 3, dtype=torch.int64))
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_rows_do_not_depend_on_the_number_of_threads(kind, threads, monkeypatch):
+@pytest.fixture(params=[1, 2])
+def threads(request, monkeypatch):
+    """On one thread gradients of rows are added by functions of our own, of however few ids here."""
     monkeypatch.setattr(_rows, "_MANY", 0)
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        check_rows(make(kind(4), (97, 6)), torch.randint(97, (5, 4)))
-        check_rows(make(kind(4), (97, 6)), torch.randint(97, (3,), dtype=torch.int32))
-        check_rows(make(kind(4), (97, 6)), torch.zeros(0, 3, dtype=torch.int64))
-        t = make(kind(2), (7, 4), posterior=rf.Point())
-        layer, ids = layer_around(t), torch.tensor([3, 6, 3])
-        assert torch.autograd.gradgradcheck(lambda *_: layer(ids), tuple(t.factors))
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+def test_rows_do_not_depend_on_the_number_of_threads(kind):
+    check_rows(make(kind(4), (97, 6)), torch.randint(97, (5, 4)))
+    check_rows(make(kind(4), (97, 6)), torch.randint(97, (3,), dtype=torch.int32))
+    check_rows(make(kind(4), (97, 6)), torch.zeros(0, 3, dtype=torch.int64))
+    t = make(kind(2), (7, 4), posterior=rf.Point())
+    layer, ids = layer_around(t), torch.tensor([3, 6, 3])
+    assert torch.autograd.gradgradcheck(lambda *_: layer(ids), tuple(t.factors))
 
 
 @pytest.mark.parametrize("looks", [True, False])
@@ -223,29 +227,22 @@ def test_bags_are_those_of_the_dense_table(kind, mode, offsets, padding_idx):
 
 
 @pytest.mark.parametrize("mode", ["sum", "mean"])
-@pytest.mark.parametrize("threads", [1, 2])
-def test_gradients_of_bags_do_not_depend_on_the_number_of_threads(mode, threads, monkeypatch):
-    monkeypatch.setattr(_rows, "_MANY", 0)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        t = make(rf.TT(4), (30, 8), posterior=rf.Point())
-        ids = torch.tensor([3, 5, 5, 29, 0, 3])
-        for last in (False, True):
-            layer = layer_around(t, rf.nn.EmbeddingBag, mode=mode, include_last_offset=last)
-            for offsets in BAGS.values():
-                bounds = torch.cat([offsets, torch.tensor([6])]) if last else offsets
-                expected = F.embedding_bag(ids, naive_dense(t, t.factors), bounds, mode=mode, include_last_offset=last)
-                gradients_match(layer(ids, bounds), expected, list(t.factors))
-                if threads == 1:  # torch's own has none.
-                    again = (lambda *_, layer=layer, bounds=bounds: layer(ids, bounds)), tuple(t.factors)
-                    assert torch.autograd.gradgradcheck(*again)
-        layer = layer_around(t, rf.nn.EmbeddingBag, mode=mode)
-        for pairs in (ids.view(3, 2), ids.view(2, 3).int()):
-            expected = F.embedding_bag(pairs, naive_dense(t, t.factors), mode=mode)
-            gradients_match(layer(pairs), expected, list(t.factors))
-    finally:
-        torch.set_num_threads(before)
+def test_gradients_of_bags_do_not_depend_on_the_number_of_threads(mode, threads):
+    t = make(rf.TT(4), (30, 8), posterior=rf.Point())
+    ids = torch.tensor([3, 5, 5, 29, 0, 3])
+    for last in (False, True):
+        layer = layer_around(t, rf.nn.EmbeddingBag, mode=mode, include_last_offset=last)
+        for offsets in BAGS.values():
+            bounds = torch.cat([offsets, torch.tensor([6])]) if last else offsets
+            expected = F.embedding_bag(ids, naive_dense(t, t.factors), bounds, mode=mode, include_last_offset=last)
+            gradients_match(layer(ids, bounds), expected, list(t.factors))
+            if threads == 1:  # torch's own has none.
+                again = (lambda *_, layer=layer, bounds=bounds: layer(ids, bounds)), tuple(t.factors)
+                assert torch.autograd.gradgradcheck(*again)
+    layer = layer_around(t, rf.nn.EmbeddingBag, mode=mode)
+    for pairs in (ids.view(3, 2), ids.view(2, 3).int()):
+        expected = F.embedding_bag(pairs, naive_dense(t, t.factors), mode=mode)
+        gradients_match(layer(pairs), expected, list(t.factors))
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
