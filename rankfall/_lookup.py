@@ -99,7 +99,9 @@ def reading(layout: Layout, shapes: Shapes, ids: int, outputs: int) -> Reading:
 def reading_of_ids(layout: Layout, shapes: Shapes, ids: int, outputs: int) -> Reading:
     """What `read` does with so many ids: chosen for rounded numbers, its cost counted for the true ones."""
     chosen = reading(layout, shapes, rounded(ids), rounded(outputs))
-    return next(w for w in readings(layout, shapes, ids, outputs) if replace(w, cost=chosen.cost) == chosen)
+    # A few ids less may be too few for ends to be joined.
+    alike = (w for w in readings(layout, shapes, ids, outputs) if replace(w, cost=chosen.cost) == chosen)
+    return next(alike, chosen)
 
 
 def readings(layout: Layout, shapes: Shapes, ids: int, outputs: int) -> list[Reading]:

@@ -120,7 +120,8 @@ def way_of_rows(layout: Layout, shapes: Shapes, rows: int) -> Way:
     """What `linear` does with so many vectors: chosen for a rounded number of them, counted for the true one."""
     chosen = linear_way(layout, shapes, rounded(rows))
     if chosen.kind != "steps":
-        return next(way for way in linear_ways(layout, shapes, rows) if way.is_like(chosen))
+        counted = next(way for way in linear_ways(layout, shapes, rows) if way.is_like(chosen))
+        return replace(counted, again=chosen.again)
     # The order of steps is planned for a rounded number whatever it is asked for.
     steps = linear_plan(layout, shapes, rows)
     flops, elements = counted_in_steps(steps, ((rows, *layout.modes[1]), *shapes))
