@@ -17,7 +17,9 @@ from _report import table
 
 import rankfall as rf
 from rankfall import _lookup
+from rankfall._chain import is_chain_of_matrices
 from rankfall._einsum import rounded, shapes_of
+from rankfall._sorted_rows import has_pass
 
 _TOO_LONG = 1.0  # Seconds.
 _CASES = (
@@ -37,7 +39,7 @@ def main() -> None:
         weight = rf.LowRankTensor((count, width), format, posterior=rf.Point())
         for ids in sets:
             found = _measured(weight, ids, rounds, flops)
-            chosen = _lookup.reading(weight.layout, shapes_of(weight.factors), rounded(ids), rounded(ids))
+            chosen = _lookup.reading(*_sizes(weight, ids))
             best = min(measured for *_, measured in found)
             what = f"{ids:,} ids of {count:,} x {width}, {type(format).__name__} {format.max_rank}"
             for way, expected, measured in found:
@@ -62,7 +64,7 @@ def _measured(weight: rf.LowRankTensor, count: int, rounds: int, flops: float) -
     ids = torch.randint(weight.shape[0], (count,))
     direction = torch.randn(count, weight.shape[1])
     found = []
-    for way in _lookup.readings(layout, shapes_of(factors), rounded(count), rounded(count)):
+    for way in _lookup.readings(*_sizes(weight, count)):
         expected = 3 * way.cost / flops
         if expected > _TOO_LONG:
             continue
@@ -77,6 +79,12 @@ def _measured(weight: rf.LowRankTensor, count: int, rounds: int, flops: float) -
         repeated = captured(step) if on_gpu() else step
         found.append((way, 1e3 * expected, 1e3 * min(seconds(repeated) for _ in range(rounds))))
     return found
+
+
+def _sizes(weight: rf.LowRankTensor, count: int) -> tuple:
+    layout, factors = weight.layout, list(weight.factors)
+    compiled = is_chain_of_matrices(layout) and has_pass(factors)
+    return layout, shapes_of(factors), rounded(count), rounded(count), compiled
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ Joined: TypeAlias = tuple[int, int]
 APART: Joined = (1, 1)
 
 
+@cache
 def is_chain_of_matrices(layout: Layout) -> bool:
     """Whether every factor has one mode of each axis between its bonds, as a TT-matrix has."""
     pairs = list(zip(*layout.axes, strict=False))
@@ -29,30 +30,39 @@ def is_chain_of_matrices(layout: Layout) -> bool:
     return len(layout.axes) == 2 and len(layout.axes[0]) == len(layout.axes[1]) and inside == pairs
 
 
-def chain_rows(
-    layout: Layout, factors: Sequence[Tensor], rows: Int[Tensor, " n"], joined: Joined = APART
-) -> Float[Tensor, "n width"]:
+def chain_of(layout: Layout, factors: Sequence[Tensor], joined: Joined = APART) -> list[Tensor]:
+    """The factors of a TT-matrix as a chain, some neighbours at the ends contracted to one.
+
+    Args:
+        layout: That of a TT-matrix.
+        factors: Its factors.
+        joined: How many of the first factors are contracted to one, and how many of the last.
+
+    Returns:
+        Tensors of shape (rows, columns, rank), (rank, rows, columns, rank), ..., (rank, rows, columns); if there is one
+        only, (rows, columns).
+    """
+    return [_joint_factor(layout, factors, part) for part in parts_of(len(factors), joined)]
+
+
+def chain_rows(chain: Sequence[Tensor], rows: Int[Tensor, " n"]) -> Float[Tensor, "n width"]:
     """Rows of a TT-matrix from left to right: a row so far is (width so far x rank), and each factor widens it.
 
     Neighbours that have their first digits in common, as sorted rows often have, are one until they part.
 
     Args:
-        layout: That of a TT-matrix.
-        factors: Its factors.
+        chain: What `chain_of` gives.
         rows: Row numbers.
-        joined: How many of the first factors are contracted to one beforehand, and how many of the last.
     """
-    parts = parts_of(len(factors), joined)
-    first, *others = (_joint_factor(layout, factors, part) for part in parts)
-    modes = [math.prod(layout.modes[0][part.start : part.stop]) for part in parts]
-    heads, levels = _levels(rows, modes)
+    first, *others = chain
+    heads, levels = _levels(rows, [len(first), *(factor.shape[1] for factor in others)])
     found, width = first.index_select(0, heads), first.shape[1]
     for factor, (digit, place) in zip(others, levels, strict=True):
         # (rank before, rows, width, rank after) to (rows, rank before, width x rank after); the last has no bond after.
         matrices = factor.movedim(1, 0).flatten(2)
         width *= factor.shape[2]
         found = _times_own(found, matrices, digit, place).reshape(len(digit), width, *factor.shape[3:])
-    return found[:, : layout.shape[1]]
+    return found
 
 
 WORTH_PARTING = 0.75  # Part of the rows that distinct beginnings may be and still pay for their own step.

@@ -10,11 +10,21 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rankfall import _contract
-from rankfall._chain import APART, WORTH_PARTING, Joined, chain_rows, costs_of_own, is_chain_of_matrices, parts_of
+from rankfall._chain import (
+    APART,
+    WORTH_PARTING,
+    Joined,
+    chain_of,
+    chain_rows,
+    costs_of_own,
+    is_chain_of_matrices,
+    parts_of,
+)
 from rankfall._contract import NARROW, Halves, cut_at, effort_of_mixed, halves, matrices, mixed, part_plan
 from rankfall._einsum import Axes, Plan, Shapes, contract, cost_of, plan, planned_once, rounded, run, shapes_of
 from rankfall._layout import Layout
 from rankfall._rows import OwnRows, Rows, TableRows, may_look_at
+from rankfall._sorted_rows import SortedRows, may_pass, pass_plan
 
 _SORTED = 120  # Numbers moved in the time that it takes to sort an id among others.
 _ROW = "row"  # The axis of the wanted rows, which all factors of row modes share.
@@ -74,6 +84,7 @@ class Reading:
         cost: Time, in floating-point operations.
         joined: For a TT-matrix whose rows are read, how many of its first factors are contracted to one beforehand, and
             how many of the last: with fewer rows than are wanted, that is cheaper once than for each.
+        compiled: For a TT-matrix whose rows are read, whether compiled code does it, in one pass.
     """
 
     forms_table: bool
@@ -81,30 +92,33 @@ class Reading:
     bond: int
     cost: int
     joined: Joined = APART
+    compiled: bool = False
 
     def described(self) -> str:
         """The way in words."""
         read = "a table of all rows" if self.forms_table else "the distinct rows"
+        if self.compiled:
+            read += " in one pass"
         if self.joined != APART:
             read += " of joined factors"
         return read if self.pair is None else f"{read} of one half, times the other"
 
 
 @planned_once
-def reading(layout: Layout, shapes: Shapes, ids: int, outputs: int) -> Reading:
+def reading(layout: Layout, shapes: Shapes, ids: int, outputs: int, compiled: bool = False) -> Reading:
     """The cheapest way to read so many ids and to reduce them to so many outputs; see `readings`."""
-    return min(readings(layout, shapes, ids, outputs), key=lambda way: way.cost)
+    return min(readings(layout, shapes, ids, outputs, compiled), key=lambda way: way.cost)
 
 
-def reading_of_ids(layout: Layout, shapes: Shapes, ids: int, outputs: int) -> Reading:
+def reading_of_ids(layout: Layout, shapes: Shapes, ids: int, outputs: int, compiled: bool = False) -> Reading:
     """What `read` does with so many ids: chosen for rounded numbers, its cost counted for the true ones."""
-    chosen = reading(layout, shapes, rounded(ids), rounded(outputs))
+    chosen = reading(layout, shapes, rounded(ids), rounded(outputs), compiled)
     # A few ids less may be too few for ends to be joined.
-    alike = (w for w in readings(layout, shapes, ids, outputs) if replace(w, cost=chosen.cost) == chosen)
+    alike = (w for w in readings(layout, shapes, ids, outputs, compiled) if replace(w, cost=chosen.cost) == chosen)
     return next(alike, chosen)
 
 
-def readings(layout: Layout, shapes: Shapes, ids: int, outputs: int) -> list[Reading]:
+def readings(layout: Layout, shapes: Shapes, ids: int, outputs: int, compiled: bool = False) -> list[Reading]:
     """All ways that a layout has, with their costs.
 
     Args:
@@ -112,6 +126,7 @@ def readings(layout: Layout, shapes: Shapes, ids: int, outputs: int) -> list[Rea
         shapes: The shapes of the factors, at today's ranks.
         ids: How many ids are read; how many of them differ is not known beforehand.
         outputs: How many rows come out: the number of bags, or that of ids.
+        compiled: Whether there is compiled code for these factors.
     """
     rows, width = layout.shape
     distinct = min(ids, rows)
@@ -145,6 +160,9 @@ def readings(layout: Layout, shapes: Shapes, ids: int, outputs: int) -> list[Rea
     else:
         for joined in (APART, *_joinable(layout, distinct)):
             consider(False, None, 0, _plan_of_chain(layout, shapes, distinct, joined), width, joined)
+        if compiled:
+            made = pass_plan(layout.modes, [layout.ranks(shapes)[bond] for bond in layout.bonds], ids)
+            found.append(Reading(False, None, 0, cost_of(made.effort, made.elements), compiled=True))
     return found
 
 
@@ -216,7 +234,10 @@ def read(layout: Layout, factors: Sequence[Tensor], ids: Int[Tensor, "*ids"], ou
     """
     shapes = shapes_of(factors)
     count = rounded(ids.numel())
-    return read_by(reading(layout, shapes, count, count if outputs is None else rounded(outputs)), layout, factors, ids)
+    outputs = count if outputs is None else rounded(outputs)
+    # Which tables are chains is asked first, since others have no use for compiled code.
+    compiled = is_chain_of_matrices(layout) and may_pass(factors, ids)
+    return read_by(reading(layout, shapes, count, outputs, compiled), layout, factors, ids)
 
 
 def read_by(way: Reading, layout: Layout, factors: Sequence[Tensor], ids: Int[Tensor, "*ids"]) -> Rows:
@@ -230,6 +251,8 @@ def read_by(way: Reading, layout: Layout, factors: Sequence[Tensor], ids: Int[Te
             places = ids if strides[0] == 1 else ids % strides[1] * strides[0] + ids // strides[1]
             return TableRows(table, places, None, None, strides)
         return TableRows(_contract.dense(layout, factors) if first is None else first, ids, after, None)
+    if way.compiled:
+        return SortedRows(tuple(chain_of(layout, factors)), ids, layout.shape[1])
     which = tuple(range(len(factors))) if way.pair is None else way.pair.first
     kept = layout.axes[1] if way.pair is None else way.pair.joint
     if not may_look_at(ids):
@@ -269,8 +292,9 @@ def _rows_of(
     joined: Joined,
 ) -> Float[Tensor, "n width"]:
     """Rows of what some of the factors stand for: each factor at its digit, then a batch of small contractions."""
+    width = layout.shape[1]
     if kept == layout.axes[1] and is_chain_of_matrices(layout):
-        return chain_rows(layout, factors, rows, joined)
+        return chain_rows(chain_of(layout, factors, joined), rows)[:, :width]
     digit, taken = dict(zip(layout.axes[0], digits(rows, layout.modes[0]), strict=True)), []
     for k in which:
         factor, axes = factors[k], layout.factors[k]
@@ -278,5 +302,4 @@ def _rows_of(
         taken.append(factor.movedim(dims[0], 0).index_select(0, digit[axes[dims[0]]]) if dims else factor)
     steps = _row_plan(layout, shapes_of(factors), len(rows), which, kept)
     found = run(steps, taken).flatten(1)
-    width = layout.shape[1]
     return found[:, :width] if kept == layout.axes[1] and found.shape[1] > width else found

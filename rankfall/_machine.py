@@ -121,9 +121,17 @@ def keep(found: Machine) -> None:
 
 
 def cache_path() -> Path:
-    """Where figures are kept: machine-THREADS.json in the folder rankfall of XDG_CACHE_HOME, or of ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "rankfall" / f"machine-{torch.get_num_threads()}.json"
+    """Where figures are kept: machine-THREADS.json in the folder of the cache."""
+    return cache_folder() / f"machine-{torch.get_num_threads()}.json"
+
+
+def cache_folder() -> Path:
+    """The folder rankfall of XDG_CACHE_HOME, or of ~/.cache; it need not exist.
+
+    Raises:
+        RuntimeError: If there is no home.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rankfall"
 
 
 def _name() -> str:

@@ -38,6 +38,21 @@ class Bags:
     left_out: int | None
     weights: Float[Tensor, "*ids"] | None
 
+    def places(self, ids: Int[Tensor, "*ids"]) -> tuple[Int[Tensor, " n"], int]:
+        """The bag of each id, -1 for what lies behind a last offset and is in none; and the number of bags."""
+        if self.offsets is None:
+            count, size = ids.shape
+            return torch.arange(count, device=ids.device).repeat_interleave(size), count
+        sizes = _sizes(self.offsets, len(ids), self.with_last)
+        bags = torch.repeat_interleave(torch.arange(len(sizes), device=ids.device), sizes)
+        return F.pad(bags, (0, len(ids) - len(bags)), value=-1), len(sizes)
+
+
+def _sizes(offsets: Int[Tensor, " offsets"], ids: int, with_last: bool) -> Int[Tensor, " bags"]:
+    """How many ids each bag has."""
+    ends = offsets[1:] if with_last else torch.cat([offsets[1:], offsets.new_tensor([ids])])
+    return ends - offsets[: len(ends)]
+
 
 class Rows(ABC):
     """What the rows of ids are taken from.
@@ -184,8 +199,7 @@ class _Reduced(torch.autograd.Function):
         if offsets is None:
             sizes = places.new_full((len(places),), places.shape[1])
         else:
-            ends = offsets[1:] if ctx.with_last else torch.cat([offsets[1:], offsets.new_tensor([len(places)])])
-            sizes = ends - offsets[: len(ends)]
+            sizes = _sizes(offsets, len(places), ctx.with_last)
         if ctx.mode == "mean":
             gradient = gradient / sizes.clamp_min(1).unsqueeze(1)
         bags = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of a TT-matrix in one pass over sorted ids, by compiled code: no call of torch for each step, and no copies."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from rankfall._chain import chain_rows
+from rankfall._compiled import MOST_FACTORS, library
+from rankfall._einsum import Plan
+from rankfall._layout import Modes
+from rankfall._machine import machine
+from rankfall._rows import Bags, Rows, may_look_at
+
+# Fitted to what passes take, with their gradients.
+_EFFORT = 1.4  # Operations in a batch that take as long as one.
+_CALL = 5e-8  # Seconds that a product takes besides.
+_SORTED = 60  # Numbers moved in the time that it takes to sort an id among others.
+
+
+def has_pass(factors: Sequence[Tensor]) -> bool:
+    """Whether compiled code can read rows of a chain of these factors, ids aside."""
+    dtype = factors[0].dtype
+    return all(f.device.type == "cpu" and f.dtype == dtype for f in factors) and _is_compiled(len(factors), dtype)
+
+
+def may_pass(factors: Sequence[Tensor], ids: Tensor) -> bool:
+    """The same for these ids, now: it is seen by nobody who traces, transforms or counts what torch is called for."""
+    if not may_look_at(ids) or torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
+        return False
+    if torch.jit.is_tracing() or forward_ad._current_level >= 0:  # pyright: ignore
+        return False
+    return all(type(f) in (Tensor, nn.Parameter) for f in factors) and has_pass(factors)
+
+
+def _is_compiled(factors: int, dtype: torch.dtype) -> bool:
+    return factors <= MOST_FACTORS and library(dtype) is not None
+
+
+def pass_plan(modes: Sequence[Modes], ranks: Sequence[int], ids: int) -> Plan:
+    """What a pass over random ids takes: products, for as many rows as begin differently, and each id sorted and moved.
+
+    Args:
+        modes: Digits and columns of each factor.
+        ranks: Of the bonds between them.
+        ids: How many ids.
+    """
+    (beginnings, *_), (width, *_) = modes
+    flops = calls = 0
+    for rank, after, digits, columns in zip(ranks, (*ranks[1:], 1), *(m[1:] for m in modes), strict=True):
+        beginnings *= digits
+        count = min(ids, beginnings)
+        flops, calls = flops + 2 * count * width * rank * columns * after, calls + count
+        width *= columns
+    # One thread goes through them, while batches of products are shared out among all.
+    batched = round(torch.get_num_threads() * _EFFORT * flops + calls * machine().batched * _CALL)
+    return Plan((), batched, ids * (width + _SORTED), batched)
+
+
+@dataclass(frozen=True)
+class SortedRows(Rows):
+    """The row of each id, made when it is known where it goes.
+
+    Attributes:
+        chain: What `chain_of` gives, of a TT-matrix.
+        ids: The ids.
+        width: Columns that are there; a chain may have a few more.
+        gone: Ids whose row is zeros; None for none.
+        after: None, as for `Rows`.
+    """
+
+    chain: tuple[Tensor, ...]
+    ids: Int[Tensor, "*ids"]
+    width: int
+    gone: Bool[Tensor, "*ids"] | None = None
+    after: Tensor | None = None
+
+    def without(self, id: int) -> "SortedRows":
+        """As for `Rows`."""
+        return self.with_zeros(self.ids == id)
+
+    def with_zeros(self, which: Bool[Tensor, "*ids"] | None) -> "SortedRows":
+        """As for `Rows`."""
+        if which is None:
+            return self
+        return replace(self, gone=which if self.gone is None else self.gone | which)
+
+    def taken(self) -> Float[Tensor, "*ids width"]:
+        """As for `Rows`."""
+        count = self.ids.numel()
+        places = None if self.gone is None else torch.arange(count).masked_fill_(self.gone.flatten(), -1)
+        return self._read(places, None, count).view(*self.ids.shape, self.width)
+
+    def reduced(self, bags: Bags) -> Float[Tensor, "bags width"]:
+        """As for `Rows`."""
+        places, count = bags.places(self.ids)
+        if bags.left_out is not None:
+            places = places.masked_fill(self.ids.flatten() == bags.left_out, -1)
+        there = places if self.gone is None else places.masked_fill(self.gone.flatten(), -1)
+        sums = self._read(there, bags.weights, count)
+        if bags.mode == "sum":
+            return sums
+        in_bags = torch.bincount(places + 1, minlength=count + 1)[1:]
+        return sums / in_bags.clamp_min(1).unsqueeze(1)
+
+    def _read(self, places: Tensor | None, weights: Tensor | None, count: int) -> Tensor:
+        ids = self.ids.flatten().long()
+        weights = None if weights is None else weights.flatten().to(self.chain[0].dtype).contiguous()
+        found: Tensor = _Read.apply(ids, places, weights, count, *(f.contiguous() for f in self.chain))  # pyright: ignore
+        return found if found.shape[1] == self.width else found[:, : self.width]
+
+
+class _Read(torch.autograd.Function):
+    """Rows of `ids`, or sums of them by `places`, shape (count, columns of the chain)."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,  # noqa: ANN401  autograd's
+        ids: Tensor,
+        places: Tensor | None,
+        weights: Tensor | None,
+        count: int,
+        *chain: Tensor,
+    ) -> Tensor:
+        width = chain[0].shape[1]
+        for factor in chain[1:]:
+            width *= factor.shape[2]
+        make, order = chain[0].new_empty if places is None else chain[0].new_zeros, ids.argsort()
+        out, compiled = make(count, width), library(chain[0].dtype)
+        assert compiled is not None
+        compiled.rows(chain, order, ids, places, weights, out)
+        ctx.save_for_backward(order, ids, places, weights, *chain)
+        ctx.count = count
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401  autograd's  # pyright: ignore
+        order, ids, places, weights, *chain = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _differentiable(ids, places, weights, ctx.count, chain, gradient)
+        compiled = library(gradient.dtype)
+        assert compiled is not None
+        of_chain, of_weights = compiled.gradients(chain, order, ids, places, weights, gradient.contiguous())
+        return None, None, of_weights, None, *of_chain
+
+
+def _differentiable(
+    ids: Tensor, places: Tensor | None, weights: Tensor | None, count: int, chain: Sequence[Tensor], gradient: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The gradients by torch, which can be asked for theirs."""
+    rows = chain_rows(chain, ids)
+    if weights is not None:
+        rows = rows * weights.unsqueeze(1)
+    if places is not None:
+        there = places >= 0
+        rows = rows.new_zeros(count, rows.shape[1]).index_add(0, places[there], rows[there])
+    inputs = [*chain, *([] if weights is None else [weights])]
+    wanted = [t for t in inputs if t.requires_grad]
+    found = iter(torch.autograd.grad(rows, wanted, gradient, create_graph=True))
+    of_inputs = [next(found) if t.requires_grad else None for t in inputs]
+    return None, None, *(of_inputs[len(chain) :] or [None]), None, *of_inputs[: len(chain)]

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The part written in C: where it is compiled, kept and left out."""
+
+import stat
+
+import pytest
+import torch
+
+import rankfall as rf
+from rankfall import _compiled
+from rankfall._compiled import library
+
+pytestmark = pytest.mark.skipif(library(torch.float64) is None, reason="no C compiler")
+
+
+@pytest.fixture
+def anew(monkeypatch, tmp_path):
+    """An empty cache, and nothing loaded; what is compiled."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    library.cache_clear()
+    made, compile_ = [], _compiled._compile
+    monkeypatch.setattr(_compiled, "_compile", lambda *a: made.append(a) or compile_(*a))
+    yield made
+    library.cache_clear()
+
+
+def test_it_is_compiled_once_and_kept(anew, tmp_path):
+    for _ in range(2):
+        assert library(torch.float32) is not None
+        assert library(torch.float64) is not None
+        assert library(torch.bfloat16) is None
+        library.cache_clear()
+    assert len(anew) == 2
+    names = sorted(path.name for path in (tmp_path / "cache" / "rankfall").iterdir())
+    assert [name.rpartition("-")[0] for name in names] == ["rows-double", "rows-float"]
+
+
+def test_another_source_or_processor_is_compiled_anew(anew, monkeypatch, tmp_path):
+    library(torch.float32)
+    library.cache_clear()
+    monkeypatch.setattr(_compiled, "_processor", lambda: "another")
+    library(torch.float32)
+    library.cache_clear()
+    other = tmp_path / "rows.c"
+    other.write_text(_compiled._SOURCE.read_text() + "\n")
+    monkeypatch.setattr(_compiled, "_SOURCE", other)
+    library(torch.float32)
+    assert len(anew) == 3
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(anew, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert library(torch.float32) is not None
+    assert len(anew) == 1
+
+
+@pytest.mark.usefixtures("anew")
+def test_without_a_compiler_torch_reads_rows(monkeypatch, tmp_path):
+    table = rf.nn.Embedding(30, 6, format=rf.TTM(2), posterior=rf.Point())
+    with_it = table(torch.tensor([3, 29, 3]))
+    for name, value in (("CC", str(tmp_path / "none")), ("PATH", str(tmp_path)), ("RANKFALL_COMPILE", "0")):
+        with monkeypatch.context() as patch:
+            patch.delenv("CC", raising=False)
+            patch.setenv(name, value)
+            library.cache_clear()
+            assert library(torch.float32) is None
+            torch.testing.assert_close(table(torch.tensor([3, 29, 3])), with_it)
+
+
+@pytest.mark.usefixtures("anew")
+def test_a_compiler_that_fails_is_said_once(monkeypatch, tmp_path):
+    script = tmp_path / "cc"
+    script.write_text("#!/bin/sh\necho 'some lines'\necho 'no such flag' >&2\nexit 1\n")
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("CC", f"{script} -m64")
+    text = r"_rows\.c cannot be compiled or does not run \(no such flag\), so rows of tables are read by torch\."
+    with pytest.warns(RuntimeWarning, match=text):
+        assert library(torch.float32) is None
+    assert library(torch.float32) is None
+    script.write_text("#!/bin/sh\nexit 1\n")
+    library.cache_clear()
+    with pytest.warns(RuntimeWarning, match=r"\(.*cc failed\)"):
+        assert library(torch.float32) is None
+
+
+@pytest.mark.usefixtures("anew")
+def test_wrong_results_are_not_taken(monkeypatch):
+    monkeypatch.setattr(_compiled.Library, "rows", lambda *a: a[-1].zero_())
+    with pytest.warns(RuntimeWarning, match="its results are wrong"):
+        assert library(torch.float32) is None
+
+
+def test_the_smallest_numbers_stay_what_they_are():
+    """Not so in a process that has loaded what was compiled by -ffast-math."""
+    assert library(torch.float32) is not None
+    assert float(torch.tensor(1e-40) * torch.tensor(1.0)) > 0
+
+
+def test_no_memory_is_an_error():
+    with pytest.raises(MemoryError, match=r"no memory for the product of a table's factors\."):
+        _compiled._check(1)

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of TT-matrices in one pass of compiled code, against rows of the dense table."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
+
+import rankfall as rf
+from laws import make, naive_dense
+from rankfall import _lookup, _sorted_rows
+from rankfall._chain import chain_rows
+from rankfall._compiled import library
+from rankfall._rows import Bags
+from rankfall._sorted_rows import SortedRows, may_pass
+from table_rows import check_rows, gradients_match, layer_around
+
+pytestmark = pytest.mark.skipif(library(torch.float64) is None, reason="no C compiler")
+
+PASS = _lookup.Reading(False, None, 0, 0, compiled=True)
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Rows are read in one pass wherever that can be; the ids of each."""
+    monkeypatch.setattr(_lookup, "reading", lambda *sizes: PASS if sizes[-1] else _by_torch(*sizes))
+    made, apply = [], _sorted_rows._Read.apply
+    monkeypatch.setattr(_sorted_rows._Read, "apply", lambda *a: made.append(a[0]) or apply(*a))
+    return made
+
+
+def _by_torch(*sizes):
+    return _lookup.Reading(False, None, 0, 0)
+
+
+@st.composite
+def chains(draw):
+    """Factors of a chain, of one or more, with ranks from 0 on."""
+    count = draw(st.integers(1, 5))
+    sides = st.integers(1, 5)
+    digits, widths = ([draw(sides) for _ in range(count)] for _ in range(2))
+    widths[0] = draw(st.sampled_from([1, 3, 4, 9, 17]))
+    ranks = [1, *(draw(st.sampled_from([0, 1, 2, 3, 5, 17, 20])) for _ in range(count - 1)), 1]
+    shapes = [[ranks[k], digits[k], widths[k], ranks[k + 1]] for k in range(count)]
+    shapes[0], shapes[-1] = shapes[0][1:], shapes[-1][:-1]
+    if count == 1:
+        shapes = [[digits[0], widths[0]]]
+    dtype = draw(st.sampled_from([torch.float32, torch.float64]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    chain = [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
+    ids = torch.randint(torch.tensor(digits).prod().item(), (draw(st.integers(0, 40)),), generator=generator)
+    return chain, ids
+
+
+def agree(found, wanted, leaves):
+    """Values and gradients, those of float32 to its digits."""
+    direction = torch.randn_like(wanted)
+    pairs = [(found.detach(), wanted.detach())]
+    pairs += zip(
+        *(
+            torch.autograd.grad(y, leaves, direction, allow_unused=True, materialize_grads=True)
+            for y in (found, wanted)
+        ),
+        strict=True,
+    )
+    tolerance = 1e-10 if wanted.dtype == torch.float64 else 1e-4
+    for ours, theirs in pairs:
+        size = 1 + float(theirs.abs().max()) if theirs.numel() else 1
+        torch.testing.assert_close(ours / size, theirs / size, rtol=0, atol=tolerance)
+
+
+@settings(deadline=None)  # The first rows may wait for a compiler.
+@given(of=chains(), weighted=st.booleans(), seed=st.integers(0, 99))
+def test_rows_and_sums_are_those_of_the_chain(of, weighted, seed):
+    chain, ids = of
+    width = chain_rows(chain, torch.zeros(1, dtype=torch.int64)).shape[1]
+    agree(SortedRows(tuple(chain), ids, width).taken(), chain_rows(chain, ids), chain)
+    generator = torch.Generator().manual_seed(seed)
+    offsets = torch.cat([torch.zeros(1), torch.randint(len(ids) + 1, (5,), generator=generator).sort().values]).long()
+    weights = torch.randn(len(ids), generator=generator, dtype=chain[0].dtype).requires_grad_() if weighted else None
+    out = (ids % 3 == 0) if seed % 2 else None
+    rows = SortedRows(tuple(chain), ids, width).with_zeros(out)
+    for with_last in (False, True):
+        wanted = chain_rows(chain, ids) if out is None else chain_rows(chain, ids).masked_fill(out.unsqueeze(1), 0)
+        wanted = wanted if weights is None else wanted * weights.unsqueeze(1)
+        bags = Bags(offsets, with_last, "sum", None, weights)
+        places, count = bags.places(ids)
+        there = places >= 0
+        sums = wanted.new_zeros(count, width).index_add(0, places[there], wanted[there])
+        agree(rows.reduced(bags), sums, [*chain, *([weights] if weighted else [])])
+
+
+@pytest.mark.parametrize("shape", [(30, 8), (97, 6), (7, 1), (250, 12)], ids=str)
+def test_a_layer_reads_the_rows_of_its_table(shape, passes, posterior):
+    t = make(rf.TTM(4), shape, posterior=posterior)
+    for ids in (
+        torch.randint(shape[0], (5, 4)),
+        torch.randint(shape[0], (6, 4), dtype=torch.int32).T,
+        torch.randint(shape[0], ()),
+        torch.zeros(0, 3, dtype=torch.int64),
+    ):
+        check_rows(t, ids)
+    assert len(passes) == 8
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+@pytest.mark.parametrize("padding", [None, 3])
+@pytest.mark.parametrize("with_last", [False, True])
+def test_bags_are_those_of_torch(mode, padding, with_last, passes):
+    t = make(rf.TTM(3), (30, 7), posterior=rf.Point())
+    options = {"mode": mode, "padding_idx": padding}
+    ids = torch.randint(30, (24,))
+    ids[::4] = 3
+    layer, dense = layer_around(t, rf.nn.EmbeddingBag, **options), naive_dense(t, t.factors)
+    gradients_match(layer(ids.view(6, 4)), F.embedding_bag(ids.view(6, 4), dense, **options), list(t.factors))
+    dense = naive_dense(t, t.factors)
+    layer = layer_around(t, rf.nn.EmbeddingBag, include_last_offset=with_last, **options)
+    offsets = torch.tensor([0, 0, 5, 5, 17, 24])
+    expected = F.embedding_bag(ids, dense, offsets, include_last_offset=with_last, **options)
+    gradients_match(layer(ids, offsets), expected, list(t.factors))
+    assert len(passes) == 2
+
+
+def test_weights_of_ids_learn_too(passes):
+    t = make(rf.TTM(3), (30, 7), posterior=rf.Point())
+    ids, weights = torch.randint(30, (6, 4)), torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    layer = layer_around(t, rf.nn.EmbeddingBag, mode="sum", padding_idx=int(ids[2, 1]))
+    expected = F.embedding_bag(
+        ids, naive_dense(t, t.factors), mode="sum", per_sample_weights=weights, padding_idx=layer.padding_idx
+    )
+    gradients_match(layer(ids, per_sample_weights=weights), expected, [*t.factors, weights])
+    assert len(passes) == 1
+
+
+def test_rows_that_are_gone_and_padding_are_zeros(passes):
+    t = make(rf.TTM(3), (30, 7), posterior=rf.Point())
+    layers = layer_around(t, padding_idx=0), layer_around(t, rf.nn.EmbeddingBag, mode="mean")
+    t.keep_rows_(20)
+    ids = torch.tensor([[0, 29, 7, 7], [19, 21, 3, 0]])
+    expected = F.embedding(ids, _with_zeros(t)).masked_fill((ids == 0).unsqueeze(2), 0.0)
+    gradients_match(layers[0](ids), expected, list(t.factors))
+    gradients_match(layers[1](ids), F.embedding_bag(ids, _with_zeros(t), mode="mean"), list(t.factors))
+    assert len(passes) == 2
+
+
+def _with_zeros(t):
+    left = naive_dense(t, t.factors)[: t.rows]
+    return F.pad(left, (0, 0, 0, t.shape[0] - len(left)))
+
+
+@pytest.mark.parametrize("bags", [False, True])
+def test_second_derivatives(bags, passes):
+    t = make(rf.TTM(2), (30, 6), posterior=rf.Point())
+    ids, weights = torch.tensor([[3, 29, 3], [0, 5, 5]]), torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    layer = layer_around(t, *([rf.nn.EmbeddingBag] if bags else []), **({"mode": "sum"} if bags else {}))
+
+    def rows(*tensors):
+        return layer(ids, per_sample_weights=tensors[-1]) if bags else layer(ids)
+
+    assert torch.autograd.gradgradcheck(rows, (*t.factors, *([weights] if bags else [])))
+    frozen = copy.deepcopy(layer)
+    frozen.weight.factors[0].requires_grad_(False)
+    of_last = torch.autograd.grad(frozen(ids).square().sum(), frozen.weight.factors[-1], create_graph=True)[0]
+    assert of_last.requires_grad
+    assert passes
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # By torch's own forward derivatives.
+def test_who_traces_transforms_or_counts_sees_calls_of_torch(passes):
+    t = make(rf.TTM(2), (30, 6), posterior=rf.Point())
+    layer, ids = layer_around(t), torch.tensor([3, 29, 3])
+    expected = naive_dense(t, t.factors)[ids]
+    given = {name: value.detach() for name, value in layer.named_parameters()}
+
+    def of(parameters):
+        return torch.func.functional_call(layer, parameters, ids)
+
+    torch.testing.assert_close(torch.func.jvp(of, (given,), (given,))[0], expected)
+    several = {name: torch.stack([value, 2 * value]) for name, value in given.items()}
+    torch.testing.assert_close(torch.func.vmap(of)(several), torch.stack([expected, 2 ** len(given) * expected]))
+    with forward_ad.dual_level():
+        torch.testing.assert_close(layer(ids), expected)
+    with FlopCounterMode(display=False) as counter:
+        layer(ids)
+    assert counter.get_total_flops() > 0
+    assert not passes
+    layer(ids)
+    assert len(passes) == 1
+
+
+def test_what_is_not_plain_is_left_to_torch():
+    factors, ids = [torch.zeros(3, 2), torch.zeros(2)], torch.tensor([1])
+    assert not may_pass([f.to("meta") for f in factors], ids)
+    assert not may_pass([f.half() for f in factors], ids)
+    assert not may_pass([factors[0], factors[1].double()], ids)
+    assert not may_pass([nn.Buffer(factors[0]).as_subclass(_Other), factors[1]], ids)
+    assert not may_pass(factors * 9, ids)
+    assert may_pass(factors, ids)
+
+
+class _Other(torch.Tensor):
+    """A tensor that may not be what its memory says."""
+
+
+def test_a_plan_says_that_it_is_one_pass():
+    table = rf.nn.Embedding(10_131_227, 128, format=rf.TTM(16, out_modes=(200, 220, 250), in_modes=(4, 4, 8)))
+    table(torch.arange(2048) * 4000)
+    assert "2,048 ids by the distinct rows in one pass in" in repr(table)
+    bag = rf.nn.EmbeddingBag(10_131_227, 128, format=rf.TTM(16, out_modes=(200, 220, 250), in_modes=(4, 4, 8)))
+    bag(torch.arange(2048) * 4000, torch.arange(64) * 32)
+    assert "2,048 ids in 64 bags by the distinct rows in one pass in" in repr(bag)
+
+
+def test_more_threads_make_a_pass_dearer_than_batches(monkeypatch):
+    """One thread goes through the rows, while products in batches are shared out."""
+    modes, ranks = ((200, 220, 250), (4, 4, 8)), (16, 16)
+    one = _sorted_rows.pass_plan(modes, ranks, 2048)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    assert one.cost < _sorted_rows.pass_plan(modes, ranks, 2048).cost
