@@ -119,6 +119,16 @@ class Cuts(NamedTuple):
     moved: bool
 
 
+def least_rank(rank: int, max_cut: float) -> int:
+    """The lowest rank that a bond may go to in one test.
+
+    Example:
+        >>> least_rank(8, 0.5), least_rank(1, 0.5), least_rank(8, 1.0)
+        (4, 0, 0)
+    """
+    return rank - max(1, math.floor(rank * max_cut))
+
+
 def select(tensor: LowRankTensor, name: str, criterion: Criterion, base: Losses, max_cut: float) -> Cuts:
     """What of a tensor can go: tried with slices moved first, so that those that go take least with them.
 
@@ -151,7 +161,7 @@ def _search(
         if 0 in tensor.ranks.values():
             break
         at = _candidates(tensor, bond, criterion, moved=moved)
-        best = _best_rank(at, rank, criterion, base, rank - max(1, math.floor(rank * max_cut)))
+        best = _best_rank(at, rank, criterion, base, least_rank(rank, max_cut))
         if best.passes:
             found.append(RankChange(name, bond, rank, best.rank, best.bound, best.saved))
             _reduce(tensor, bond, best.rank, None, moved=moved)

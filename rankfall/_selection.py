@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 from torch import nn
 from torch.optim import Optimizer
 
+from rankfall._cuts import least_rank
 from rankfall._evidence import RankChange, apply_, prior_side, search_ranks_, undo_
 from rankfall._losses import Agree, Batches
 from rankfall._ranks import check_threshold, grow_ranks_, prune_, ranks
@@ -40,7 +41,8 @@ class Evidence:
     it gets two epochs at least; after a test that cut nothing the wait doubles. The last test comes at four fifths of
     the run; after that what is left can settle. If none came before it, it comes also where the rest
     of the run may still lower the NLL, or the bound, by up to half of what was learned, and two epochs with the whole
-    KL are enough. A test that no other can follow any more removes all that does not pay.
+    KL are enough; and where the test before it removed as much of a bond as `max_cut` lets it. A test that no other can
+    follow any more removes all that does not pay.
 
     The test knows what a cut costs at once, not what training wins back. So when it cuts nothing, the cut that came
     nearest to paying is tried, if it costs less than twice what it saves. Four epochs later the same criterion is put
@@ -114,7 +116,7 @@ def next_step(history: Sequence[Record], epochs: int, first: int, can_grow: bool
 
     Args:
         history: Records so far, the last one of the epoch that has just ended; `nll`, `nll_error`, `price`, `ranks`,
-            and `selection` in all but the last.
+            and `selection` in all but the last; `limited` where a cut had to leave slices.
         epochs: Length of the whole run.
         first: The first epoch with the whole KL; nothing is asked before.
         can_grow: Whether slices may be given back, and some bond is below its start rank.
@@ -130,10 +132,12 @@ def next_step(history: Sequence[Record], epochs: int, first: int, can_grow: bool
     wait = _TRIAL if kind == "try" else _patience(history, events)
     # On data seen once the likelihood may rise to the end: what never came to rest is asked when it is nearly there.
     only = now == stop and not events
+    # Of what a test had to leave by its limit more did not pay at that time either, when the run was at rest.
+    left_some = now == stop and kind == "cut" and history[last_event].get("limited", False)
     recent = history[max(last_event, first) :][-_COOLDOWN - 1 :]
     # In a short run a long warm-up may leave no more than two epochs with the whole KL until then.
     too_early = len(recent) < (2 if only else _COOLDOWN + 1) or (now < stop and now - last_event < wait)
-    if too_early or not _settled(history, recent, epochs, _LAST_PROMISE if only else _PROMISE):
+    if too_early or not (left_some or _settled(history, recent, epochs, _LAST_PROMISE if only else _PROMISE)):
         return "wait"
     if kind == "try":
         return "judge"
@@ -250,7 +254,8 @@ def _ask_(
     policy: Evidence, model: nn.Module, optimizer: Optimizer, history: Sequence[Record], training: Training
 ) -> Record:
     before, left = ranks(model), _last_test(training.epochs) - len(history) + 1
-    is_last = left < _COOLDOWN  # After a cut the run has to come to rest before the next one.
+    # No other can follow if there is no time for the run to come to rest after a cut.
+    max_cut = 1.0 if left < _COOLDOWN else policy.max_cut
     cuts, misses = search_ranks_(
         model,
         optimizer,
@@ -258,11 +263,12 @@ def _ask_(
         num_data=training.num_data,
         beta=training.beta,
         z=policy.z,
-        max_cut=1.0 if is_last else policy.max_cut,
+        max_cut=max_cut,
         agree=training.agree,
     )
     if cuts:
-        return {"selection": "cut", "cuts": [asdict(cut) for cut in cuts]}
+        limited = any(0 < c.after <= least_rank(c.before, max_cut) for c in cuts if c.bond != "rows")
+        return {"selection": "cut", "cuts": [asdict(cut) for cut in cuts], "limited": limited}
     if policy.regrow and left >= _TRIAL:
         cut = trial(history, misses)
         if cut:

@@ -186,6 +186,18 @@ def test_a_run_that_does_not_come_to_rest_is_asked_once(events, step):
     assert next_step(records(losses[:-1], events, prices=prices[:-1]), EPOCHS, 5) == "wait"
 
 
+@pytest.mark.parametrize(("limited", "step"), [(True, "ask"), (False, "wait")])
+def test_what_a_limit_left_is_asked_about_at_the_last_test(limited, step):
+    """Else a run that was cut by half on its last chance to come to rest would stay there."""
+    losses = [2.0, *(1.5 - 0.01 * k for k in range(80))]
+    history = records(losses, {78: "cut"}, {78: 4}, prices=[10.0 - 0.1 * k for k in range(81)])
+    history[78]["limited"] = limited
+    assert next_step(history, EPOCHS, 5) == step
+    assert next_step(history[:-1], EPOCHS, 5) == "wait"
+    history[79] |= {"selection": "cut", "limited": limited}  # No time for anything to be seen.
+    assert next_step(history, EPOCHS, 5) == "wait"
+
+
 @pytest.mark.parametrize(("first", "step"), [(5, "ask"), (6, "ask"), (7, "wait")])
 def test_a_short_run_with_a_long_warm_up_is_asked_once(first, step):
     losses = [0.71, 0.66, 0.63, 0.62, 0.61, 0.6, 0.59, 0.57]  # Ten epochs; the whole KL comes in with the sixth or so.
@@ -284,8 +296,9 @@ def test_a_test_that_no_other_can_follow_removes_all_that_does_not_pay(at, rank,
     again by four fifths of 40 epochs."""
     monkeypatch.setattr(_selection, "next_step", lambda history, *_: "ask" if len(history) == at + 1 else "wait")
     teacher = Teacher(true=1)
-    teacher.fit()
+    history = teacher.fit()
     assert teacher.model[0].weight.ranks == {"r1": rank}
+    assert history[at]["limited"] == (rank == 3)
 
 
 def test_fixed_ranks_stay():
