@@ -39,7 +39,7 @@ from rankfall._einsum import (
 )
 from rankfall._layout import Layout
 from rankfall._machine import machine
-from rankfall._products import is_varying, product, transposed_product, varying
+from rankfall._products import is_varying, product, sum_of_rows, transposed_product, varying
 
 
 def linear_plan(layout: Layout, shapes: Shapes, rows: int) -> Plan:
@@ -217,7 +217,14 @@ def linear_by(way: Way, layout: Layout, factors: Sequence[Tensor], x: Tensor, bi
     (out_features, in_features), (padded_out, padded_in) = layout.shape, layout.padded_shape
     if padded_in > in_features:
         x = F.pad(x, (0, padded_in - in_features))
-    y = _in_steps(layout, factors, x) if way.kind == "steps" else _by_cut(way, layout, factors, x)
+    if way.kind == "steps":
+        y = _in_steps(layout, factors, x)
+        modes = layout.modes[0]
+        if bias is not None and padded_out == out_features and _is_laid_faster(y, bias):
+            y, bias = _Laid.apply(y, bias.view(modes)), None  # pyright: ignore
+        y = y.flatten(-len(modes))
+    else:
+        y = _by_cut(way, layout, factors, x)
     y = y[..., :out_features] if padded_out > out_features else y
     # Under autocast y has the narrow type, which the bias must not widen again.
     return y if bias is None else y + bias.to(y.dtype)
@@ -243,7 +250,7 @@ class _FormedAgain(torch.autograd.Function):
         weight, gradients_of = torch.func.vjp(partial(_dense_of, ctx.layout), *factors)  # pyright: ignore
         of_x = product(of_y, weight) if ctx.needs_input_grad[0] else None
         of_rows = of_y.reshape(-1, of_y.shape[-1])
-        of_bias = of_rows.sum(0) if ctx.needs_input_grad[1] else None
+        of_bias = sum_of_rows(of_rows) if ctx.needs_input_grad[1] else None
         return of_x, of_bias, None, *gradients_of(transposed_product(of_rows, x.reshape(-1, x.shape[-1])))
 
 
@@ -296,18 +303,46 @@ class _TwoThin(torch.autograd.Function):
             through = product(a, of_y.T)
             of_between = through if of_between is None else of_between + through
             of_a = product(between, of_y) if ctx.needs_input_grad[2] else None
-            of_bias = of_y.sum(0) if ctx.has_bias and ctx.needs_input_grad[3] else None
+            of_bias = sum_of_rows(of_y) if ctx.has_bias and ctx.needs_input_grad[3] else None
         if of_between is None:
             return None, None, of_a, of_bias
         of_x = product(of_between.T, b) if ctx.needs_input_grad[0] else None
         return of_x, product(of_between, x) if ctx.needs_input_grad[1] else None, of_a, of_bias
 
 
-def _in_steps(layout: Layout, factors: Sequence[Tensor], x: Tensor) -> Tensor:
-    out_modes, in_modes = layout.modes
+def _in_steps(layout: Layout, factors: Sequence[Tensor], x: Tensor) -> Float[Tensor, "..."]:
     rows = math.prod(x.shape[:-1])
     steps = linear_plan(layout, shapes_of(factors), rows)
-    return run(steps, [x.unflatten(-1, in_modes), *factors]).flatten(-len(out_modes))
+    return run(steps, [x.unflatten(-1, layout.modes[1]), *factors])
+
+
+def _is_laid_faster(y: Tensor, bias: Tensor) -> bool:
+    """Whether a bias is added while y is brought into order; not where torch traces or transforms."""
+    if y.is_contiguous() or y.device.type != "cpu" or y.dtype != bias.dtype or torch.compiler.is_compiling():
+        return False
+    return not torch._C._are_functorch_transforms_active()
+
+
+class _Laid(torch.autograd.Function):
+    """Y + bias with the axes side by side in memory, in one pass and not two."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, bias: Tensor) -> Tensor:  # noqa: ANN401  # pyright: ignore
+        ctx.shape, ctx.of_bias = y.shape, bias.shape
+        return torch.add(y, bias, out=torch.empty(y.shape, dtype=y.dtype, device=y.device))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None]:  # noqa: ANN401  # pyright: ignore
+        if not ctx.needs_input_grad[1]:
+            return gradient, None
+        return gradient, sum_of_rows(gradient.reshape(-1, ctx.of_bias.numel())).view(ctx.of_bias)
+
+    @staticmethod
+    def jvp(ctx: Any, of_y: Tensor | None, of_bias: Tensor | None) -> Tensor:  # noqa: ANN401  # pyright: ignore
+        assert of_y is not None or of_bias is not None, "a derivative along something"
+        if of_y is None or of_bias is None:
+            return (of_bias if of_y is None else of_y).expand(ctx.shape)  # pyright: ignore
+        return of_y + of_bias
 
 
 def _by_cut(way: Way, layout: Layout, factors: Sequence[Tensor], x: Tensor) -> Tensor:

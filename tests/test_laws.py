@@ -148,6 +148,45 @@ def test_derivatives_of_a_weight_that_is_formed_again(kind, bias):
     assert layer(x[:0], *others).shape == (0, 2, 6)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # By torch's own forward derivatives.
+def test_a_bias_is_added_on_the_way_into_order():
+    y = torch.randn(3, 4, 5, dtype=torch.float64).mT.requires_grad_()
+    bias = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    found = _matmul._Laid.apply(y, bias)
+    assert found.is_contiguous()
+    assert torch.equal(found, y + bias)
+    for pair in ((y, bias), (y, bias.detach()), (y.detach(), bias)):
+        assert torch.autograd.gradcheck(_matmul._Laid.apply, pair, check_forward_ad=True)
+        assert torch.autograd.gradgradcheck(_matmul._Laid.apply, pair)
+
+
+@pytest.mark.parametrize("turned", [True, False])
+def test_what_steps_give_is_laid_with_the_bias_unless_it_lies_in_order(turned, monkeypatch):
+    laid, apply = [], _matmul._Laid.apply
+    monkeypatch.setattr(_matmul._Laid, "apply", lambda *a: laid.append(a[0].shape) or apply(*a))
+    in_steps = _matmul._in_steps
+    monkeypatch.setattr(_matmul, "_in_steps", lambda *a: _in_order(in_steps(*a), turned))
+    t = laws.make(rf.Tucker(3, out_modes=(6, 4), in_modes=(4, 3)), (24, 12), posterior=rf.Point())
+    bias, x = torch.randn(24, dtype=torch.float64, requires_grad=True), torch.randn(2, 3, 12, dtype=torch.float64)
+    steps = next(way for way in _matmul.linear_ways(t.layout, shapes_of(t.factors), 6) if way.kind == "steps")
+
+    def of(bias):
+        return _matmul.linear_by(steps, t.layout, list(t.factors), x, bias)
+
+    y, expected = of(bias), x @ laws.naive_dense(t, t.factors).T + bias
+    laws.close(y, expected)
+    direction = torch.randn_like(y)
+    gradients = (torch.autograd.grad(v, [*t.factors, bias], direction) for v in (y, expected))
+    for own, theirs in zip(*gradients, strict=True):
+        laws.close(own, theirs)
+    laws.close(torch.func.vmap(of)(bias.expand(2, -1))[1], expected)
+    assert laid == [(2, 3, 6, 4)] * turned
+
+
+def _in_order(y, turned):
+    return y.mT.contiguous().mT if turned else y.contiguous()
+
+
 def test_a_weight_that_costs_little_beside_its_product_is_formed_again():
     t = laws.make(rf.TTM(20), (768, 640), posterior=rf.Point(), dtype=torch.float32)
     kept = []

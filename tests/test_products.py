@@ -91,6 +91,14 @@ def test_derivatives_of_gradients_and_forward_ones(calls):
     assert calls
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_sums_of_rows(dtype):
+    for a in (torch.randn(7, 5, dtype=dtype), torch.randn(5, 7, dtype=dtype).T, torch.zeros(0, 5, dtype=dtype)):
+        torch.testing.assert_close(_products.sum_of_rows(a), a.sum(0))
+    expanded = torch.ones((), dtype=dtype).expand(7, 5)
+    assert _products.sum_of_rows(expanded).tolist() == [7.0] * 5
+
+
 def test_transforms_take_torch_s_own(calls):
     a, b = torch.randn(6, 5), torch.randn(3, 5, 4)
     near(torch.func.vmap(product, (None, 0))(a, b), a.double() @ b.double())
