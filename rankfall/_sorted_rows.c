@@ -168,7 +168,7 @@ static void make(Chain *chain, Size id, Size from)
         part->at = part->beginning % part->digits * part->across;
         const REAL *slice = part->values + part->at;
         if (!k) {
-            memcpy(part->made, slice, sizeof(REAL) * part->across);
+            for (Size j = 0; j < part->across; j++) part->made[j] = slice[j];
             continue;
         }
         const Matrix left = {part[-1].made, part->rank, 1}, right = {slice, part->digits * part->across, 1};

@@ -2,6 +2,7 @@
 """The part written in C: where it is compiled, kept and left out."""
 
 import stat
+import subprocess
 
 import pytest
 import torch
@@ -11,6 +12,14 @@ from rankfall import _compiled
 from rankfall._compiled import library
 
 pytestmark = pytest.mark.skipif(library(torch.float64) is None, reason="no C compiler")
+
+
+def test_a_compiler_has_nothing_to_say_to_it():
+    strict = ("-std=gnu11", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-O3", "-fsyntax-only")
+    for real in ("float", "double"):
+        command = [*(_compiled._compiler() or []), *strict, f"-DREAL={real}", str(_compiled._SOURCE)]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.fixture
