@@ -160,9 +160,9 @@ def readings(layout: Layout, shapes: Shapes, ids: int, outputs: int, compiled: b
     else:
         for joined in (APART, *_joinable(layout, distinct)):
             consider(False, None, 0, _plan_of_chain(layout, shapes, distinct, joined), width, joined)
-        if compiled:
-            made = pass_plan(layout.modes, [layout.ranks(shapes)[bond] for bond in layout.bonds], ids)
-            found.append(Reading(False, None, 0, cost_of(made.effort, made.elements), compiled=True))
+            if compiled and joined[0] == 1:  # A pass makes what first factors have to say once by itself.
+                cost = _plan_of_pass(layout, shapes, ids, joined).cost
+                found.append(Reading(False, None, 0, cost, joined, compiled=True))
     return found
 
 
@@ -181,20 +181,16 @@ def _joinable(layout: Layout, rows: int) -> Iterator[Joined]:
 
 def _plan_of_chain(layout: Layout, shapes: Shapes, rows: int, joined: Joined) -> Plan:
     """What the ends cost, and rows of what is a shorter chain then, as `chain_rows` makes them of random rows."""
-    flops = elements = batched = 0
     ranks = layout.ranks(shapes)
     bonds = [1, *(ranks[bond] for bond in layout.bonds), 1]
     parts = parts_of(len(layout.factors), joined)
+    flops, elements, batched = *_of_joining(layout, shapes, parts), 0
     beginnings = [rows]  # Of each part the rows that differ up to there, from the last part to the first.
     for part in reversed(parts[1:]):
         distinct = math.prod(layout.modes[0][: part.start])
         beginnings.append(distinct if distinct <= WORTH_PARTING * beginnings[-1] else beginnings[-1])
     width, before = 1, 0
     for part, count in zip(parts, reversed(beginnings), strict=True):
-        names = [name for axes in layout.factors[part.start : part.stop] for name in axes]
-        if len(part) > 1:
-            made = part_plan(layout, shapes, part, tuple(name for name in names if names.count(name) == 1))
-            flops, elements = flops + made.flops, elements + made.elements
         left, right = bonds[part.start], bonds[part.stop]
         matrices, wider = (math.prod(modes[part.start : part.stop]) for modes in layout.modes)
         if part.start:
@@ -205,6 +201,24 @@ def _plan_of_chain(layout: Layout, shapes: Shapes, rows: int, joined: Joined) ->
             elements += 2 * count * wider * right
         width, before = width * wider, count
     return Plan((), flops + batched, elements, batched)
+
+
+def _of_joining(layout: Layout, shapes: Shapes, parts: Sequence[range]) -> tuple[int, int]:
+    """(operations, elements) of contracting the neighbours that are one."""
+    plans = []
+    for part in (part for part in parts if len(part) > 1):
+        names = [name for axes in layout.factors[part.start : part.stop] for name in axes]
+        plans.append(part_plan(layout, shapes, part, tuple(name for name in names if names.count(name) == 1)))
+    return sum(made.flops for made in plans), sum(made.elements for made in plans)
+
+
+def _plan_of_pass(layout: Layout, shapes: Shapes, ids: int, joined: Joined) -> Plan:
+    """What the ends cost, and a pass over the shorter chain."""
+    parts, ranks = parts_of(len(layout.factors), joined), layout.ranks(shapes)
+    modes = [[math.prod(axis[part.start : part.stop]) for part in parts] for axis in layout.modes]
+    made = pass_plan(modes, [ranks[layout.bonds[part.start - 1]] for part in parts[1:]], ids)
+    flops, elements = _of_joining(layout, shapes, parts)
+    return replace(made, flops=made.flops + flops, elements=made.elements + elements)
 
 
 def _table_by_cut(layout: Layout, shapes: Shapes, bond: int) -> Plan:
@@ -252,7 +266,7 @@ def read_by(way: Reading, layout: Layout, factors: Sequence[Tensor], ids: Int[Te
             return TableRows(table, places, None, None, strides)
         return TableRows(_contract.dense(layout, factors) if first is None else first, ids, after, None)
     if way.compiled:
-        return SortedRows(tuple(chain_of(layout, factors)), ids, layout.shape[1])
+        return SortedRows(tuple(chain_of(layout, factors, way.joined)), ids, layout.shape[1])
     which = tuple(range(len(factors))) if way.pair is None else way.pair.first
     kept = layout.axes[1] if way.pair is None else way.pair.joint
     if not may_look_at(ids):

@@ -14,7 +14,6 @@ from torch.autograd import forward_ad
 from rankfall._chain import chain_rows
 from rankfall._compiled import MOST_FACTORS, library
 from rankfall._einsum import Plan
-from rankfall._layout import Modes
 from rankfall._machine import machine
 from rankfall._rows import Bags, Rows, may_look_at
 
@@ -22,6 +21,7 @@ from rankfall._rows import Bags, Rows, may_look_at
 _EFFORT = 1.2  # Operations in a batch that take as long as one.
 _SIDE_BY_SIDE = 16  # Numbers that are multiplied at once; of fewer the time falls by the square root.
 _CALL = 5e-8  # Seconds that a product takes besides.
+_CACHED = 1 << 18  # Entries of a factor up to which it stays at hand.
 _SORTED = 60  # Numbers moved in the time that it takes to sort an id among others.
 
 
@@ -44,7 +44,7 @@ def _is_compiled(factors: int, dtype: torch.dtype) -> bool:
     return factors <= MOST_FACTORS and library(dtype) is not None
 
 
-def pass_plan(modes: Sequence[Modes], ranks: Sequence[int], ids: int) -> Plan:
+def pass_plan(modes: Sequence[Sequence[int]], ranks: Sequence[int], ids: int) -> Plan:
     """What a pass over random ids takes: products, for as many rows as begin differently, and each id sorted and moved.
 
     Args:
@@ -53,7 +53,7 @@ def pass_plan(modes: Sequence[Modes], ranks: Sequence[int], ids: int) -> Plan:
         ids: How many ids.
     """
     (beginnings, *_), (width, *_) = modes
-    flops = calls = 0
+    flops = calls = elements = 0
     for rank, after, digits, columns in zip(ranks, (*ranks[1:], 1), *(m[1:] for m in modes), strict=True):
         beginnings *= digits
         count = min(ids, beginnings)
@@ -61,10 +61,12 @@ def pass_plan(modes: Sequence[Modes], ranks: Sequence[int], ids: int) -> Plan:
         if 0 < across < _SIDE_BY_SIDE:
             across = round(math.sqrt(across * _SIDE_BY_SIDE))
         flops, calls = flops + 2 * count * width * rank * across, calls + count
+        if rank * digits * columns * after > _CACHED:
+            elements += 2 * count * rank * columns * after
         width *= columns
     # One thread goes through them, while batches of products are shared out among all.
     batched = round(torch.get_num_threads() * _EFFORT * flops + calls * machine().batched * _CALL)
-    return Plan((), batched, ids * (width + _SORTED), batched)
+    return Plan((), batched, elements + ids * (width + _SORTED), batched)
 
 
 @dataclass(frozen=True)

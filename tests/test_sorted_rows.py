@@ -217,6 +217,30 @@ def test_a_plan_says_that_it_is_one_pass():
     assert "2,048 ids in 64 bags by the distinct rows in one pass in" in repr(bag)
 
 
+def test_only_last_factors_are_joined_for_a_pass():
+    layout = rf.TTM(8, out_modes=(5, 5, 5, 5, 5, 8), in_modes=(2, 2, 2, 2, 4, 4)).layout((25_000, 256))
+    shapes = layout.factor_shapes({f"r{k}": 8 for k in range(1, 6)})
+    ways = [way for way in _lookup.readings(layout, shapes, 51_200, 51_200, True) if way.compiled]
+    assert {way.joined[0] for way in ways} == {1}
+    assert {way.joined[1] for way in ways} >= {1, 2, 3}
+    chosen = _lookup.reading(layout, shapes, 51_200, 51_200, True)
+    assert chosen.compiled
+    assert chosen.described() == "the distinct rows in one pass of joined factors"
+
+
+@pytest.mark.parametrize("joined", [(1, 2), (1, 3)], ids=str)
+def test_a_pass_over_joined_factors(joined, passes, monkeypatch):
+    monkeypatch.setattr(_lookup, "reading", lambda *_: _lookup.Reading(False, None, 0, 0, joined, compiled=True))
+    t = make(rf.TTM(3, out_modes=(3, 2, 4, 5), in_modes=(2, 1, 2, 3)), (113, 11))
+    check_rows(t, torch.randint(113, (50,)))
+    assert len(passes) == 2
+
+
+def test_a_pass_over_what_no_cache_holds_is_dearer():
+    small, large = (_sorted_rows.pass_plan(((200, n, 250), (4, 4, 8)), (16, 16), 2048) for n in (250, 260))
+    assert large.elements > 2 * small.elements
+
+
 def test_more_threads_make_a_pass_dearer_than_batches(monkeypatch):
     """One thread goes through the rows, while products in batches are shared out."""
     modes, ranks = ((200, 220, 250), (4, 4, 8)), (16, 16)
