@@ -17,7 +17,7 @@ from _report import table
 
 import rankfall as rf
 from rankfall import _lookup
-from rankfall._chain import is_chain_of_matrices
+from rankfall._chain import is_chain
 from rankfall._einsum import rounded, shapes_of
 from rankfall._sorted_rows import has_pass
 
@@ -83,7 +83,7 @@ def _measured(weight: rf.LowRankTensor, count: int, rounds: int, flops: float) -
 
 def _sizes(weight: rf.LowRankTensor, count: int) -> tuple:
     layout, factors = weight.layout, list(weight.factors)
-    compiled = is_chain_of_matrices(layout) and has_pass(factors)
+    compiled = is_chain(layout) and has_pass(factors)
     return layout, shapes_of(factors), rounded(count), rounded(count), compiled
 
 

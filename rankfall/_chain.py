@@ -30,17 +30,41 @@ def is_chain_of_matrices(layout: Layout) -> bool:
     return len(layout.axes) == 2 and len(layout.axes[0]) == len(layout.axes[1]) and inside == pairs
 
 
+@cache
+def is_chain(layout: Layout) -> bool:
+    """Whether factors stand in a row, each with a mode of the rows, of the columns or of both between its bonds.
+
+    So they do in a tensor train as in a TT-matrix, modes of size 1 or none.
+    """
+    if len(layout.axes) != 2 or len(layout.factors) != len(layout.bonds) + 1:
+        return False
+    bonds = layout.bonds
+    for k, axes in enumerate(layout.factors):
+        own = [[n for n in axis if n in axes] for axis in layout.axes]
+        if axes != (*bonds[max(k - 1, 0) : k], *own[0], *own[1], *bonds[k : k + 1]) or max(map(len, own)) > 1:
+            return False
+    names = [n for axes in layout.factors for n in axes]
+    return all(list(axis) == [n for n in names if n in axis] for axis in layout.axes)
+
+
+def modes_of(layout: Layout, part: range) -> tuple[list[str], list[str]]:
+    """The modes of the rows and of the columns that neighbours in a chain have."""
+    names = [name for axes in layout.factors[part.start : part.stop] for name in axes]
+    rows, columns = ([n for n in axis if n in names] for axis in layout.axes)
+    return rows, columns
+
+
 def chain_of(layout: Layout, factors: Sequence[Tensor], joined: Joined = APART) -> list[Tensor]:
-    """The factors of a TT-matrix as a chain, some neighbours at the ends contracted to one.
+    """The factors of a chain with a mode of rows and one of columns each, neighbours at the ends contracted to one.
 
     Args:
-        layout: That of a TT-matrix.
+        layout: That of a chain.
         factors: Its factors.
         joined: How many of the first factors are contracted to one, and how many of the last.
 
     Returns:
         Tensors of shape (rows, columns, rank), (rank, rows, columns, rank), ..., (rank, rows, columns); if there is one
-        only, (rows, columns).
+        only, (rows, columns). Where a factor has no mode of an axis, its size is 1.
     """
     return [_joint_factor(layout, factors, part) for part in parts_of(len(factors), joined)]
 
@@ -92,14 +116,16 @@ def parts_of(factors: int, joined: Joined) -> list[range]:
 
 def _joint_factor(layout: Layout, factors: Sequence[Tensor], part: range) -> Tensor:
     """Neighbours as one factor, whose modes are theirs together."""
-    if len(part) == 1:
-        return factors[part.start]
     taken, bonds = slice(part.start, part.stop), layout.bonds
-    rows, columns = (axes[taken] for axes in layout.axes)
+    rows, columns = modes_of(layout, part)
     before, after = bonds[max(part.start - 1, 0) : part.start], bonds[part.stop - 1 : part.stop]
-    found = contract(layout.factors[taken], (*before, *rows, *columns, *after), factors[taken])
+    if len(part) == 1:
+        found = factors[part.start]
+    else:
+        found = contract(layout.factors[taken], (*before, *rows, *columns, *after), factors[taken])
     sizes = [math.prod([layout.mode_sizes[name] for name in names]) for names in (rows, columns)]
-    return found.reshape(*found.shape[: len(before)], *sizes, *found.shape[found.dim() - len(after) :])
+    shape = (*found.shape[: len(before)], *sizes, *found.shape[found.dim() - len(after) :])
+    return found if found.shape == shape else found.reshape(shape)
 
 
 @cache

@@ -17,14 +17,17 @@ from rankfall._chain import (
     chain_of,
     chain_rows,
     costs_of_own,
+    is_chain,
     is_chain_of_matrices,
+    modes_of,
     parts_of,
 )
 from rankfall._contract import NARROW, Halves, cut_at, effort_of_mixed, halves, matrices, mixed, part_plan
 from rankfall._einsum import Axes, Plan, Shapes, contract, cost_of, plan, planned_once, rounded, run, shapes_of
 from rankfall._layout import Layout
+from rankfall._machine import machine
 from rankfall._rows import OwnRows, Rows, TableRows, may_look_at
-from rankfall._sorted_rows import SortedRows, may_pass, pass_plan
+from rankfall._sorted_rows import JOINING, SortedRows, may_pass, pass_plan
 
 _SORTED = 120  # Numbers moved in the time that it takes to sort an id among others.
 _ROW = "row"  # The axis of the wanted rows, which all factors of row modes share.
@@ -84,7 +87,7 @@ class Reading:
         cost: Time, in floating-point operations.
         joined: For a TT-matrix whose rows are read, how many of its first factors are contracted to one beforehand, and
             how many of the last: with fewer rows than are wanted, that is cheaper once than for each.
-        compiled: For a TT-matrix whose rows are read, whether compiled code does it, in one pass.
+        compiled: For a chain whose rows are read, whether compiled code does it, in one pass.
     """
 
     forms_table: bool
@@ -160,10 +163,22 @@ def readings(layout: Layout, shapes: Shapes, ids: int, outputs: int, compiled: b
     else:
         for joined in (APART, *_joinable(layout, distinct)):
             consider(False, None, 0, _plan_of_chain(layout, shapes, distinct, joined), width, joined)
-            if compiled and joined[0] == 1:  # A pass makes what first factors have to say once by itself.
-                cost = _plan_of_pass(layout, shapes, ids, joined).cost
-                found.append(Reading(False, None, 0, cost, joined, compiled=True))
+    for joined in _tails(layout, distinct) if compiled else ():
+        cost = _plan_of_pass(layout, shapes, ids, joined).cost + round(machine().flops * JOINING * (joined != APART))
+        found.append(Reading(False, None, 0, cost, joined, compiled=True))
     return found
+
+
+def _tails(layout: Layout, rows: int) -> Iterator[Joined]:
+    """The last factor of a chain, or several that have far fewer rows than are wanted.
+
+    What the first ones have to say a pass makes once by itself.
+    """
+    count = len(layout.factors)
+    for last in range(1, count):
+        names, _ = modes_of(layout, range(count - last, count))
+        if last == 1 or 2 * math.prod([layout.mode_sizes[name] for name in names]) <= rows:
+            yield 1, last
 
 
 def _joinable(layout: Layout, rows: int) -> Iterator[Joined]:
@@ -215,7 +230,8 @@ def _of_joining(layout: Layout, shapes: Shapes, parts: Sequence[range]) -> tuple
 def _plan_of_pass(layout: Layout, shapes: Shapes, ids: int, joined: Joined) -> Plan:
     """What the ends cost, and a pass over the shorter chain."""
     parts, ranks = parts_of(len(layout.factors), joined), layout.ranks(shapes)
-    modes = [[math.prod(axis[part.start : part.stop]) for part in parts] for axis in layout.modes]
+    names = zip(*(modes_of(layout, part) for part in parts), strict=True)
+    modes = [[math.prod([layout.mode_sizes[n] for n in own]) for own in axis] for axis in names]
     made = pass_plan(modes, [ranks[layout.bonds[part.start - 1]] for part in parts[1:]], ids)
     flops, elements = _of_joining(layout, shapes, parts)
     return replace(made, flops=made.flops + flops, elements=made.elements + elements)
@@ -250,7 +266,7 @@ def read(layout: Layout, factors: Sequence[Tensor], ids: Int[Tensor, "*ids"], ou
     count = rounded(ids.numel())
     outputs = count if outputs is None else rounded(outputs)
     # Which tables are chains is asked first, since others have no use for compiled code.
-    compiled = is_chain_of_matrices(layout) and may_pass(factors, ids)
+    compiled = is_chain(layout) and may_pass(factors, ids)
     return read_by(reading(layout, shapes, count, outputs, compiled), layout, factors, ids)
 
 

@@ -18,9 +18,10 @@ from rankfall._machine import machine
 from rankfall._rows import Bags, Rows, may_look_at
 
 # Fitted to what passes take, with their gradients.
-_EFFORT = 1.2  # Operations in a batch that take as long as one.
-_SIDE_BY_SIDE = 16  # Numbers that are multiplied at once; of fewer the time falls by the square root.
-_CALL = 5e-8  # Seconds that a product takes besides.
+_EFFORT = 0.95  # Operations in a batch that take as long as one.
+_DOWN, _SIDE_BY_SIDE = 8, 16  # The block that is made at once: of a smaller one the time falls by the square root.
+_CALL = 3e-8  # Seconds that a product takes besides.
+JOINING = 2.5e-5  # Seconds that it takes to call what joins factors for a pass.
 _CACHED = 1 << 18  # Entries of a factor up to which it stays at hand.
 _SORTED = 60  # Numbers moved in the time that it takes to sort an id among others.
 
@@ -57,16 +58,18 @@ def pass_plan(modes: Sequence[Sequence[int]], ranks: Sequence[int], ids: int) ->
     for rank, after, digits, columns in zip(ranks, (*ranks[1:], 1), *(m[1:] for m in modes), strict=True):
         beginnings *= digits
         count = min(ids, beginnings)
-        across = columns * after
-        if 0 < across < _SIDE_BY_SIDE:
-            across = round(math.sqrt(across * _SIDE_BY_SIDE))
-        flops, calls = flops + 2 * count * width * rank * across, calls + count
+        block = _at_least(width, _DOWN) * _at_least(columns * after, _SIDE_BY_SIDE)
+        flops, calls = flops + round(2 * count * rank * block), calls + count
         if rank * digits * columns * after > _CACHED:
             elements += 2 * count * rank * columns * after
         width *= columns
     # One thread goes through them, while batches of products are shared out among all.
     batched = round(torch.get_num_threads() * _EFFORT * flops + calls * machine().batched * _CALL)
     return Plan((), batched, elements + ids * (width + _SORTED), batched)
+
+
+def _at_least(size: int, whole: int) -> float:
+    return math.sqrt(size * whole) if size < whole else size
 
 
 @dataclass(frozen=True)

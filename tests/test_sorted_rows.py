@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import rankfall as rf
 from laws import make, naive_dense
 from rankfall import _lookup, _sorted_rows
-from rankfall._chain import chain_rows
+from rankfall._chain import chain_rows, is_chain
 from rankfall._compiled import library
 from rankfall._rows import Bags
 from rankfall._sorted_rows import SortedRows, may_pass
@@ -96,9 +96,10 @@ def test_rows_and_sums_are_those_of_the_chain(of, weighted, seed):
         agree(rows.reduced(bags), sums, [*chain, *([weights] if weighted else [])])
 
 
+@pytest.mark.parametrize("format", [rf.TTM(4), rf.TT(4)], ids=["TTM", "TT"])
 @pytest.mark.parametrize("shape", [(30, 8), (97, 6), (7, 1), (250, 12)], ids=str)
-def test_a_layer_reads_the_rows_of_its_table(shape, passes, posterior):
-    t = make(rf.TTM(4), shape, posterior=posterior)
+def test_a_layer_reads_the_rows_of_its_table(format, shape, passes, posterior):
+    t = make(format, shape, posterior=posterior)
     for ids in (
         torch.randint(shape[0], (5, 4)),
         torch.randint(shape[0], (6, 4), dtype=torch.int32).T,
@@ -107,6 +108,28 @@ def test_a_layer_reads_the_rows_of_its_table(shape, passes, posterior):
     ):
         check_rows(t, ids)
     assert len(passes) == 8
+
+
+@pytest.mark.parametrize("joined", [(1, 1), (1, 2)], ids=str)
+def test_factors_without_rows_or_columns_of_their_own(joined, passes, monkeypatch):
+    monkeypatch.setattr(_lookup, "reading", lambda *_: _lookup.Reading(False, None, 0, 0, joined, compiled=True))
+    check_rows(make(rf.TTM(3, out_modes=(24, 1, 1), in_modes=(1, 2, 4)), (24, 8)), torch.randint(24, (9,)))
+    check_rows(make(rf.TTM(3, out_modes=(4, 1, 6), in_modes=(1, 8, 1)), (24, 8)), torch.randint(24, (9,)))
+    check_rows(make(rf.TT(3, out_modes=(2, 3, 4), in_modes=(8,)), (24, 8)), torch.randint(24, (9,)))
+    assert len(passes) == 6
+
+
+def test_which_layouts_are_chains():
+    for format, is_one in (
+        (rf.TT(2), True),
+        (rf.TTM(2), True),
+        (rf.TR(2), False),
+        (rf.CP(2), False),
+        (rf.Tucker(2), False),
+    ):
+        assert is_chain(format.layout((24, 8))) == is_one
+    assert not is_chain(rf.TT(2).layout((4, 3, 2)))
+    assert is_chain(rf.TTM(2, out_modes=(4, 1, 6), in_modes=(1, 8, 1)).layout((24, 8)))
 
 
 @pytest.mark.parametrize("mode", ["sum", "mean"])

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from rankfall._chain import is_chain_of_matrices
+from rankfall._chain import is_chain
 from rankfall._einsum import cost_of, shapes_of
 from rankfall._formats import Format
 from rankfall._lookup import read, reading_of_ids
@@ -45,7 +45,7 @@ class _Table(Planned):
         """What a forward pass of so many ids, and of so many rows or bags, does at the current ranks, and its time."""
         (ids, outputs), layout = sizes, self.weight.layout
         factors = list(self.weight.factors)
-        compiled = is_chain_of_matrices(layout) and has_pass(factors)
+        compiled = is_chain(layout) and has_pass(factors)
         way = reading_of_ids(layout, shapes_of(factors), ids, outputs, compiled)
         batch = counted(ids, "id") + f" in {counted(outputs, 'bag')}" * (outputs != ids)
         return Expected(f"{batch} by", way.described(), way.cost, cost_of(0, 2 * ids * layout.shape[1]))
