@@ -69,7 +69,7 @@ def pass_plan(modes: Sequence[Sequence[int]], ranks: Sequence[int], ids: int) ->
 
 
 def _at_least(size: int, whole: int) -> float:
-    return math.sqrt(size * whole) if size < whole else size
+    return math.sqrt(size * whole) if size < whole else float(size)
 
 
 @dataclass(frozen=True)
