@@ -90,10 +90,10 @@ def chain_rows(chain: Sequence[Tensor], rows: Int[Tensor, " n"]) -> Float[Tensor
 
 
 WORTH_PARTING = 0.75  # Part of the rows that distinct beginnings may be and still pay for their own step.
-_Level: TypeAlias = tuple[Int[Tensor, " n"], Int[Tensor, " n"] | None]
+_Level: TypeAlias = tuple[Int[Tensor, " _"], Int[Tensor, " _"] | None]  # Each of a length of its own.
 
 
-def _levels(rows: Int[Tensor, " n"], modes: Sequence[int]) -> tuple[Int[Tensor, " n"], list[_Level]]:
+def _levels(rows: Int[Tensor, " n"], modes: Sequence[int]) -> tuple[Int[Tensor, " heads"], list[_Level]]:
     """The first digits that occur; then for each further mode the digits, and whose beginning each goes on from.
 
     The mode that runs fastest is the last. None in place of places says that each goes on from its own.
