@@ -70,7 +70,7 @@ def chain_of(layout: Layout, factors: Sequence[Tensor], joined: Joined = APART) 
 
 
 def chain_rows(chain: Sequence[Tensor], rows: Int[Tensor, " n"]) -> Float[Tensor, "n width"]:
-    """Rows of a TT-matrix from left to right: a row so far is (width so far x rank), and each factor widens it.
+    """Rows of a chain from left to right: a row so far is (width so far x rank), and each factor widens it.
 
     Neighbours that have their first digits in common, as sorted rows often have, are one until they part.
 

@@ -85,7 +85,7 @@ class Reading:
         pair: If rows of the first of two thin matrices are read, and multiplied by the second after that: those two.
         bond: For a TT-matrix whose table is formed, the bond at which it is done in two parts.
         cost: Time, in floating-point operations.
-        joined: For a TT-matrix whose rows are read, how many of its first factors are contracted to one beforehand, and
+        joined: For a chain whose rows are read, how many of its first factors are contracted to one beforehand, and
             how many of the last: with fewer rows than are wanted, that is cheaper once than for each.
         compiled: For a chain whose rows are read, whether compiled code does it, in one pass.
     """

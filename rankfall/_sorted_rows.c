@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Rows of a TT-matrix, and their gradients: what the functions of _chain.py do by many calls of torch, in one pass.
+ * Rows of a chain of factors, a TT-matrix or a tensor train, and their gradients: what the functions of _chain.py do by
+ * many calls of torch, in one pass.
  *
  * A row is F_0[i_0] F_1[i_1] ... of its digits i_k, from left to right. Rows come sorted, so neighbours have digits in
  * common, and each product is made once for all rows that begin alike. Factors stand as they do in Python, of shape

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of a TT-matrix in one pass over sorted ids, by compiled code: no call of torch for each step, and no copies."""
+"""Rows of a chain of factors in one pass over sorted ids, by compiled code: no call of torch for each step."""
 
 import math
 from collections.abc import Sequence
@@ -77,7 +77,7 @@ class SortedRows(Rows):
     """The row of each id, made when it is known where it goes.
 
     Attributes:
-        chain: What `chain_of` gives, of a TT-matrix.
+        chain: What `chain_of` gives.
         ids: The ids.
         width: Columns that are there; a chain may have a few more.
         gone: Ids whose row is zeros; None for none.
