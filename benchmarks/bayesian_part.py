@@ -62,6 +62,7 @@ def _measured(recipe: str, rank: int, rounds: int) -> tuple[str, ...]:
             loss = F.cross_entropy(model(x), y) + kl / 60_000
         optimizer.zero_grad()
         loss.backward()
+        joint.hand_on_()
         optimizer.step()
 
     def alone() -> None:

@@ -71,13 +71,15 @@ def _made(recipe: str, options: TrainOptions) -> tuple[int, Callable[[], None]]:
     model = build_model(network, options)
     optimizer = torch.optim.Adam(rf.parameter_groups(model, network.lr), fused=True)
     x, y = rows_of(recipe, network.batch_size), torch.randint(CLASSES[recipe], (network.batch_size,))
-    draw = nullcontext if options.is_dense else JointDraw(model)
+    joint = None if options.is_dense else JointDraw(model)
 
     def step() -> None:
         optimizer.zero_grad()
-        with draw() as kl:
+        with joint() if joint else nullcontext() as kl:
             loss = F.cross_entropy(model(x), y)
         (loss if kl is None else loss + kl / 60_000).backward()
+        if joint:
+            joint.hand_on_()
         optimizer.step()
 
     return rf.summary(model).parameters, step

@@ -124,6 +124,7 @@ def _whole(rival: str) -> Step:
             loss = F.cross_entropy(model(rows), labels) + kl / 45e6
         optimizer.zero_grad()
         loss.backward()
+        sample.hand_on_()
         optimizer.step()
 
     return step

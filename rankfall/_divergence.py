@@ -15,7 +15,7 @@ from torch.autograd.function import FunctionCtx
 from rankfall._layout import Layout
 from rankfall._priors import Prior, kl_of_moments
 
-_CORE_STD = 10.0  # Prior standard deviation of the Tucker core (arXiv 2010.08689).
+CORE_STD = 10.0  # Prior standard deviation of the Tucker core (arXiv 2010.08689).
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -63,8 +63,9 @@ def kl_of_factors(prior: Prior, tensors: Sequence[Factors], *, hyperprior: bool 
 
     All tensors have the same prior, are on one device and of one type, and all or none have standard deviations.
     """
-    flat, parameters = _joint(tensors)
-    value: Tensor = _Divergence.apply(flat, prior, hyperprior, *parameters)  # pyright: ignore
+    flat, parameters = joined_factors(tensors)
+    with torch.autocast(parameters[0].device.type, enabled=False):
+        value: Tensor = _Divergence.apply(flat, prior, hyperprior, *parameters)  # pyright: ignore
     return value
 
 
@@ -73,19 +74,23 @@ def draw_with_kl(prior: Prior, tensors: Sequence[Factors]) -> tuple[Tensor, list
 
     One call for all layers, in which the draws and the KL share what both need, and one backward.
     """
-    flat, parameters = _joint(tensors)
-    value, *draws = _Draw.apply(flat, prior, *parameters)  # pyright: ignore
-    found: list[list[Tensor]] = [[value] * len(t.means) for t in tensors]
-    for (k, factor), one in zip(flat.order, draws, strict=True):
-        found[k][factor] = one
-    return value, found
+    flat, parameters = joined_factors(tensors)
+    with torch.autocast(parameters[0].device.type, enabled=False):
+        value, *draws = _Draw.apply(flat, prior, *parameters)  # pyright: ignore
+    return value, arranged(draws, flat, tensors)
 
 
-def _joint(tensors: Sequence[Factors]) -> tuple["_Flat", list[Tensor]]:
+def arranged(values: Sequence[Tensor], flat: "Flat", tensors: Sequence[Factors]) -> list[list[Tensor]]:
+    """What there is for each factor in the order of the buffer, as the factors of each tensor come."""
+    found = dict(zip(flat.order, values, strict=True))
+    return [[found[k, factor] for factor in range(len(t.means))] for k, t in enumerate(tensors)]
+
+
+def joined_factors(tensors: Sequence[Factors]) -> tuple["Flat", list[Tensor]]:
     """How the factors lie in one buffer, and all means in that order, then all log standard deviations."""
     first = tensors[0].means[0]
     shapes = tuple((t.layout, tuple(mean.shape for mean in t.means)) for t in tensors)
-    flat = _flat(shapes, first.device, wide(first.new_empty(0)).dtype)
+    flat = flat_of(shapes, first.device, wide(first.new_empty(0)).dtype)
     means = [tensors[k].means[factor] for k, factor in flat.order]
     return flat, means + ([tensors[k].log_stds[factor] for k, factor in flat.order] if tensors[0].log_stds else [])
 
@@ -109,7 +114,7 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: FunctionCtx, flat: "_Flat", prior: Prior, hyperprior: bool, *parameters: Tensor
+        ctx: FunctionCtx, flat: "Flat", prior: Prior, hyperprior: bool, *parameters: Tensor
     ) -> Tensor:
         mean, log_std = flat.joined(parameters)
         std = None if log_std is None else log_std.exp()
@@ -137,7 +142,7 @@ class _Draw(torch.autograd.Function):
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: FunctionCtx, flat: "_Flat", prior: Prior, *parameters: Tensor
+        ctx: FunctionCtx, flat: "Flat", prior: Prior, *parameters: Tensor
     ) -> tuple[Tensor, ...]:
         mean, log_std = flat.joined(parameters)
         assert log_std is not None, "a draw needs standard deviations"
@@ -175,7 +180,7 @@ def _followed(
 
 
 def _bound(
-    flat: "_Flat", prior: Prior, mean: Tensor, log_std: Tensor | None, std: Tensor | None, *, hyperprior: bool
+    flat: "Flat", prior: Prior, mean: Tensor, log_std: Tensor | None, std: Tensor | None, *, hyperprior: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """The KL of all factors, and its gradient in `mean` and `log_std`."""
     squares = mean.square()
@@ -183,7 +188,7 @@ def _bound(
     moments, core, _ = flat.moments(squares if variance is None else squares.add_(variance)).split(flat.kinds)
     value, scales = kl_of_moments(prior, moments, flat.counts, hyperprior=hyperprior)
     if flat.core_entries:
-        value = value + 0.5 * core.sum() / _CORE_STD**2 + flat.core_entries * math.log(_CORE_STD)
+        value = value + 0.5 * core.sum() / CORE_STD**2 + flat.core_entries * math.log(CORE_STD)
     precision = flat.spread(torch.cat([scales.reciprocal(), flat.other_precisions]), len(mean))
     if variance is None or log_std is None:
         return value, [precision.mul_(mean)]
@@ -197,7 +202,7 @@ _SMALL = 2048
 _LARGE = 16_384
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
     """Where a factor lies in the flat buffer, its shape as (before, rank, after), and the number of its first slice."""
 
     start: int
@@ -216,7 +221,7 @@ class _Place(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Flat:
+class Flat:
     """How the factors of several tensors lie in one flat buffer, small ones first, and which slice an entry is of.
 
     Slices of all bonds are numbered through; two more numbers follow, of the entries of Tucker cores, and of those that
@@ -227,7 +232,8 @@ class _Flat:
         slices: The number of the slice of each entry, for all factors but the large ones.
         counts: How many entries each slice governs.
         small: The size of the first part of the buffer, which is summed entry by entry.
-        others: Each factor after that: where it begins, its shape as (before, rank, after), its first slice.
+        places: Each factor: where it begins, its shape as (before, rank, after), its first slice.
+        others: Those after the first part.
         other_precisions: 1 / s^2 of the last two numbers.
         core_entries: How many entries cores have.
     """
@@ -236,7 +242,8 @@ class _Flat:
     slices: Tensor
     counts: Tensor
     small: int
-    others: tuple["_Place", ...]
+    places: tuple["Place", ...]
+    others: tuple["Place", ...]
     other_precisions: Tensor
     core_entries: int
 
@@ -278,7 +285,7 @@ _Shapes: TypeAlias = tuple[tuple[Layout, tuple[torch.Size, ...]], ...]
 
 
 @lru_cache(maxsize=32)
-def _flat(tensors: _Shapes, device: torch.device, dtype: torch.dtype) -> _Flat:
+def flat_of(tensors: _Shapes, device: torch.device, dtype: torch.dtype) -> Flat:
     """Made once for today's ranks, since that waits for the device."""
     counts: list[int] = []
     first_slice: dict[tuple[int, int], tuple[int, int]] = {}  # (tensor, factor): (dimension, number of its first slice)
@@ -290,7 +297,7 @@ def _flat(tensors: _Shapes, device: torch.device, dtype: torch.dtype) -> _Flat:
                 counts += [count] * shapes[places[0][0]][places[0][1]]
     places = [(k, factor) for k, (_, shapes) in enumerate(tensors) for factor in range(len(shapes))]
     order = sorted(places, key=lambda place: _size_class(tensors[place[0]][1][place[1]].numel()))
-    start, small, core_entries, others = 0, 0, 0, []
+    start, small, core_entries, placed = 0, 0, 0, []
     numbers = [torch.zeros(0, dtype=torch.int32, device="cpu")]
     for k, factor in order:
         layout, shapes = tensors[k]
@@ -300,18 +307,18 @@ def _flat(tensors: _Shapes, device: torch.device, dtype: torch.dtype) -> _Flat:
         if _size_class(shape.numel()) < 2:
             of_slices = torch.arange(first, first + viewed[1], dtype=torch.int32, device="cpu")
             numbers.append(of_slices.view(1, -1, 1).expand(viewed).reshape(-1))
-        if _size_class(shape.numel()) > 0:
-            others.append(_Place(start, viewed, first))
-        else:
+        if _size_class(shape.numel()) == 0:
             small += shape.numel()
+        placed.append(Place(start, viewed, first))
         start += shape.numel()
-    return _Flat(
+    return Flat(
         tuple(order),
         torch.cat(numbers).to(device),
         torch.tensor(counts, device=device, dtype=dtype),
         small,
-        tuple(others),
-        torch.tensor([_CORE_STD**-2, 0.0], device=device, dtype=dtype),
+        tuple(placed),
+        tuple(place for place in placed if _size_class(math.prod(place.shape)) > 0),
+        torch.tensor([CORE_STD**-2, 0.0], device=device, dtype=dtype),
         core_entries,
     )
 

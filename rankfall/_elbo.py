@@ -2,14 +2,15 @@
 """The evidence lower bound as a loss."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rankfall._divergence import Factors, draw_with_kl, kl_of_factors
+from rankfall._divergence import draw_with_kl, kl_of_factors
+from rankfall._joint_draw import CompiledDraw, has_draw
 from rankfall._tensor import LowRankTensor
 from rankfall._walk import low_rank_tensors
 
@@ -54,22 +55,26 @@ def _total(terms: Sequence[Tensor]) -> Tensor:
 
 
 def _kl_of(tensors: list[LowRankTensor]) -> Tensor:
-    first = tensors[0]
-    with torch.autocast(first.factors[0].device.type, enabled=False):
-        return kl_of_factors(first.prior, [tensor.posterior_factors() for tensor in tensors])
+    return kl_of_factors(tensors[0].prior, [tensor.posterior_factors() for tensor in tensors])
 
 
 class JointDraw:
     """Draws the factors of all low-rank tensors of a model in one go, with their KL.
 
     What each layer would do by itself at every step, for all of them in one flat buffer: it pays where there are many
-    small factors. Make another one once the model has got other tensors, or other parameters; ranks may change.
+    small factors. Make another one once the model has got other tensors, or other parameters; ranks may change. One
+    draw at a time: a backward pass comes before the next draw.
 
     Example:
         >>> model = nn.Sequential(rf.nn.Linear(12, 20, format=rf.TTM(4)), rf.nn.Linear(20, 3, format=rf.TT(2)))
-        >>> with JointDraw(model)() as kl:
+        >>> draw = JointDraw(model)
+        >>> with draw() as kl:
         ...     y = model(torch.randn(5, 12))
         >>> torch.allclose(kl, rf.kl(model))
+        True
+        >>> (y.square().mean() + kl / 1000).backward()
+        >>> draw.hand_on_()
+        >>> model[0].weight.factors[0].grad.shape == model[0].weight.factors[0].shape
         True
 
     Args:
@@ -77,31 +82,39 @@ class JointDraw:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        kinds = _alike([tensor for _, tensor in low_rank_tensors(model)])
-        self._kinds = [(tensors, [tensor.posterior_factors() for tensor in tensors]) for tensors in kinds]
+        self._kinds = [(tensors, _draw_of(tensors)) for tensors in _alike([t for _, t in low_rank_tensors(model)])]
 
     @contextmanager
     def __call__(self) -> Iterator[Float[Tensor, ""]]:
         """Inside, every forward in train mode uses the same draw; gives KL(q || p) of all tensors, in nats."""
         terms: list[Tensor] = []
         try:
-            for tensors, factors in self._kinds:
-                with torch.autocast(factors[0].means[0].device.type, enabled=False):
-                    terms.append(self._draw(tensors, factors))
+            for tensors, draw in self._kinds:
+                value, draws = draw()
+                for tensor, its in zip(tensors, draws, strict=False):
+                    tensor.given[:] = its
+                terms.append(value)
             yield _total(terms)
         finally:
             for tensors, _ in self._kinds:
                 for tensor in tensors:
                     tensor.given.clear()
 
-    @staticmethod
-    def _draw(tensors: list[LowRankTensor], factors: list[Factors]) -> Tensor:
-        if not factors[0].log_stds:
-            return kl_of_factors(tensors[0].prior, factors)
-        value, draws = draw_with_kl(tensors[0].prior, factors)
-        for tensor, draw in zip(tensors, draws, strict=True):
-            tensor.given[:] = draw
-        return value
+    def hand_on_(self) -> None:
+        """After each backward pass: gives the parameters the gradients that are still with their draws and the KL."""
+        for _, draw in self._kinds:
+            if isinstance(draw, CompiledDraw):
+                draw.hand_on_()
+
+
+def _draw_of(tensors: list[LowRankTensor]) -> Callable[[], tuple[Tensor, list[list[Tensor]]]]:
+    """The KL of tensors of a kind each time, and a draw of each one's factors if they have a spread."""
+    prior, factors = tensors[0].prior, [tensor.posterior_factors() for tensor in tensors]
+    if has_draw(prior, factors):
+        return CompiledDraw(prior, factors)
+    if factors[0].log_stds:
+        return partial(draw_with_kl, prior, factors)
+    return lambda: (kl_of_factors(prior, factors), [])
 
 
 def check_weights(num_data: float, beta: float) -> None:

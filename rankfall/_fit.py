@@ -278,6 +278,8 @@ class _Objective:
         """The same without their graph, whose gradients the parameters have then."""
         each, divergence, loss = self(to_device(batch, self.accelerator.device))
         self.accelerator.backward(loss)
+        if self.draw is not None:
+            self.draw.hand_on_()
         return each.detach(), divergence.detach(), loss.detach()
 
     def _nll(self, batch: Batch) -> Tensor:

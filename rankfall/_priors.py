@@ -9,7 +9,7 @@ from torch import Tensor
 
 # Standard deviation under which a prior scale is not followed down. Without it the log prior of a Point posterior
 # grows without bound as a slice goes to zero, and its gradient with it.
-_MIN_SCALE = 1e-5
+MIN_SCALE = 1e-5
 
 
 def _check_positive(kind: str, name: str, value: float) -> None:
@@ -51,7 +51,7 @@ class LogUniform(Prior):
 
     def variance(self, moment: Tensor, count: int | Tensor) -> Tensor:
         """Moment / (count + 1); see `Prior.variance`."""
-        return (moment / (count + 1)).clamp_min(_MIN_SCALE**2)
+        return (moment / (count + 1)).clamp_min(MIN_SCALE**2)
 
     def penalty(self, variance: Tensor) -> Tensor:
         """1/2 log variance; see `Prior.penalty`."""
@@ -85,7 +85,7 @@ class HalfCauchy(Prior):
         root = torch.sqrt(b * b + 4 * (count + 2) * e * moment)
         # Either form alone cancels on one side of b = 0; the denominator is never near zero where it is used.
         low = 2 * e * moment / (root - b).clamp_min(torch.finfo(moment.dtype).tiny)
-        return torch.where(b > 0, (b + root) / (2 * (count + 2)), low).clamp_min(_MIN_SCALE**2)
+        return torch.where(b > 0, (b + root) / (2 * (count + 2)), low).clamp_min(MIN_SCALE**2)
 
     def penalty(self, variance: Tensor) -> Tensor:
         """Log(1 + variance / scale^2); see `Prior.penalty`."""

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from rankfall._chain import chain_rows
-from rankfall._compiled import MOST_FACTORS, library
+from rankfall._compiled import is_unseen
 from rankfall._einsum import Plan
 from rankfall._machine import machine
+from rankfall._row_library import MOST_FACTORS, library
 from rankfall._rows import Bags, Rows, may_look_at
 
 # Fitted to what passes take, with their gradients.
@@ -33,10 +33,8 @@ def has_pass(factors: Sequence[Tensor]) -> bool:
 
 
 def may_pass(factors: Sequence[Tensor], ids: Tensor) -> bool:
-    """The same for these ids, now: it is seen by nobody who traces, transforms or counts what torch is called for."""
-    if not may_look_at(ids) or torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
-        return False
-    if torch.jit.is_tracing() or forward_ad._current_level >= 0:  # pyright: ignore
+    """The same for these ids, now."""
+    if not may_look_at(ids) or not is_unseen():
         return False
     return all(type(f) in (Tensor, nn.Parameter) for f in factors) and has_pass(factors)
 

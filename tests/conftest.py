@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import rankfall as rf
-from rankfall import _machine
-from rankfall._compiled import library
+from rankfall import _joint_draw, _machine
+from rankfall._row_library import library
 
 pytest.register_assert_rewrite("laws")
 torch.set_num_threads(1)
@@ -16,6 +16,7 @@ torch.set_num_threads(1)
 # Compiled beforehand, and kept for the next time: tests have deadlines.
 for _dtype in (torch.float32, torch.float64):
     library(_dtype)
+_joint_draw.library()
 
 # Plans rest on how fast a machine is; tests reckon with the usual figures, and leave the user's cache alone.
 _cache = tempfile.TemporaryDirectory()

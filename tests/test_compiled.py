@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The part written in C: where it is compiled, kept and left out."""
+"""What is written in C: where it is compiled, kept and left out."""
 
 import stat
 import subprocess
@@ -8,29 +8,38 @@ import pytest
 import torch
 
 import rankfall as rf
-from rankfall import _compiled
-from rankfall._compiled import library
+from rankfall import _compiled, _joint_draw, _row_library
+from rankfall._row_library import library
 
 pytestmark = pytest.mark.skipif(library(torch.float64) is None, reason="no C compiler")
 
 
-def test_a_compiler_has_nothing_to_say_to_it():
-    strict = ("-std=gnu11", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-O3", "-fsyntax-only")
-    for real in ("float", "double"):
-        command = [*(_compiled._compiler() or []), *strict, f"-DREAL={real}", str(_compiled._SOURCE)]
-        done = subprocess.run(command, check=False, capture_output=True, text=True)
-        assert (done.returncode, done.stderr) == (0, "")
+SOURCES = [("_sorted_rows.c", ("-DREAL=float",)), ("_sorted_rows.c", ("-DREAL=double",)), ("_joint_draw.c", ())]
+
+
+@pytest.mark.parametrize(("name", "flags"), SOURCES)
+def test_a_compiler_has_nothing_to_say_to_it(name, flags):
+    strict = ("-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-fsyntax-only")
+    source = _compiled.Source(name, flags)
+    command = [*source.command(_compiled.find_compiler() or []), *strict, str(source.path)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.fixture
 def anew(monkeypatch, tmp_path):
     """An empty cache, and nothing loaded; what is compiled."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    library.cache_clear()
     made, compile_ = [], _compiled._compile
     monkeypatch.setattr(_compiled, "_compile", lambda *a: made.append(a) or compile_(*a))
+    forget()
     yield made
+    forget()
+
+
+def forget():
     library.cache_clear()
+    _joint_draw.library.cache_clear()
 
 
 def test_it_is_compiled_once_and_kept(anew, tmp_path):
@@ -38,10 +47,11 @@ def test_it_is_compiled_once_and_kept(anew, tmp_path):
         assert library(torch.float32) is not None
         assert library(torch.float64) is not None
         assert library(torch.bfloat16) is None
-        library.cache_clear()
-    assert len(anew) == 2
+        assert _joint_draw.library() is not None
+        forget()
+    assert len(anew) == 3
     names = sorted(path.name for path in (tmp_path / "cache" / "rankfall").iterdir())
-    assert [name.rpartition("-")[0] for name in names] == ["rows-double", "rows-float"]
+    assert [name.rpartition("-")[0] for name in names] == ["joint_draw", "sorted_rows", "sorted_rows"]
 
 
 def test_another_source_or_processor_is_compiled_anew(anew, monkeypatch, tmp_path):
@@ -50,9 +60,9 @@ def test_another_source_or_processor_is_compiled_anew(anew, monkeypatch, tmp_pat
     monkeypatch.setattr(_compiled, "_processor", lambda: "another")
     library(torch.float32)
     library.cache_clear()
-    other = tmp_path / "rows.c"
-    other.write_text(_compiled._SOURCE.read_text() + "\n")
-    monkeypatch.setattr(_compiled, "_SOURCE", other)
+    name = "_sorted_rows.c"
+    (tmp_path / name).write_text((_compiled._FOLDER / name).read_text() + "\n")
+    monkeypatch.setattr(_compiled, "_FOLDER", tmp_path)
     library(torch.float32)
     assert len(anew) == 3
 
@@ -95,9 +105,29 @@ def test_a_compiler_that_fails_is_said_once(monkeypatch, tmp_path):
 
 @pytest.mark.usefixtures("anew")
 def test_wrong_results_are_not_taken(monkeypatch):
-    monkeypatch.setattr(_compiled.Library, "rows", lambda *a: a[-1].zero_())
+    monkeypatch.setattr(_row_library.Library, "rows", lambda *a: a[-1].zero_())
     with pytest.warns(RuntimeWarning, match="its results are wrong"):
         assert library(torch.float32) is None
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("return kl - 0.5 * (double)entries", "return kl"),
+        ("= std * noise;", "= std;"),
+        ("= of_draw + pull", "= of_draw - pull"),
+        (" - of_kl);", ");"),
+        ("return noise;", "memset(&noise, 0, sizeof noise); return noise;"),
+    ],
+)
+@pytest.mark.usefixtures("anew")
+def test_wrong_draws_are_not_taken(monkeypatch, tmp_path, right, wrong):
+    text = (_compiled._FOLDER / "_joint_draw.c").read_text()
+    assert right in text
+    (tmp_path / "_joint_draw.c").write_text(text.replace(right, wrong))
+    monkeypatch.setattr(_compiled, "_FOLDER", tmp_path)
+    with pytest.warns(RuntimeWarning, match=r"_draw\.c .* \(its results are wrong\), so factors are drawn by torch\."):
+        assert _joint_draw.library() is None
 
 
 def test_the_smallest_numbers_stay_what_they_are():
@@ -108,4 +138,4 @@ def test_the_smallest_numbers_stay_what_they_are():
 
 def test_no_memory_is_an_error():
     with pytest.raises(MemoryError, match=r"no memory for the product of a table's factors\."):
-        _compiled._check(1)
+        _row_library._check(1)

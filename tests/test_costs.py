@@ -11,10 +11,10 @@ from torch import nn
 
 import rankfall as rf
 from rankfall import _convolve, _lookup
-from rankfall._compiled import library
 from rankfall._costs import costs
 from rankfall._einsum import counted_in_steps, rounded, shapes_of
 from rankfall._matmul import linear_plan, linear_way
+from rankfall._row_library import library
 
 
 def by_path(model, format, *example):

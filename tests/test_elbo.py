@@ -87,22 +87,22 @@ def test_all_tensors_together_are_the_sum_of_each(monkeypatch, kind, posterior, 
     expected = torch.autograd.grad(alone, list(model.parameters()))
     for name, size in zip(("_SMALL", "_LARGE"), sizes, strict=True):
         monkeypatch.setattr(_divergence, name, size)
-    _divergence._flat.cache_clear()
+    _divergence.flat_of.cache_clear()
     together = rf.kl(model)
     torch.testing.assert_close(together, alone)
     torch.testing.assert_close(torch.autograd.grad(together, list(model.parameters())), expected)
-    _divergence._flat.cache_clear()
+    _divergence.flat_of.cache_clear()
 
 
 def test_what_is_kept_of_each_set_of_ranks_is_smaller_than_the_factors():
     layer = rf.nn.Embedding(20_000, 8, format=rf.TT(16, out_modes=(20_000,), in_modes=(8,)), posterior=rf.Point())
-    _divergence._flat.cache_clear()
+    _divergence.flat_of.cache_clear()
     rf.kl(layer)
     rf.kl(layer)
     factors = layer.weight.posterior_factors()
     shapes = ((factors.layout, tuple(mean.shape for mean in factors.means)),)
-    kept = _divergence._flat(shapes, torch.device("cpu"), torch.float32)
-    assert _divergence._flat.cache_info().hits == 2
+    kept = _divergence.flat_of(shapes, torch.device("cpu"), torch.float32)
+    assert _divergence.flat_of.cache_info().hits == 2
     entries = sum(mean.numel() for mean in factors.means)
     assert entries > 10 * (kept.slices.nbytes + kept.counts.nbytes) / 4
 

@@ -15,9 +15,9 @@ import rankfall as rf
 from laws import close, drawn, make, naive_dense
 from rankfall import _chain, _lookup, _rows
 from rankfall._chain import is_chain
-from rankfall._compiled import library
 from rankfall._einsum import shapes_of
 from rankfall._lookup import digits, reading, readings
+from rankfall._row_library import library
 from table_rows import SEED, check_rows, gradients_match, layer_around
 
 SHAPES = [(30, 8), (97, 6), (7, 1), (250, 12)]

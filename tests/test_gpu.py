@@ -49,6 +49,7 @@ def step_of(model: nn.Module, optimizer: torch.optim.Optimizer, given: tuple[tor
         with joint() as kl:
             loss = F.cross_entropy(model(*inputs), labels) + kl / 1000
         loss.backward()
+        joint.hand_on_()
         optimizer.step()
         return loss.detach()
 

@@ -12,8 +12,8 @@ import rankfall as rf
 from conftest import FORMATS
 from rankfall import _contract, _lookup, _matmul
 from rankfall._chain import is_chain
-from rankfall._compiled import library
 from rankfall._einsum import shapes_of
+from rankfall._row_library import library
 
 # A composite one, two primes (padded), and one short axis beside a long one.
 SHAPES = [(12, 20), (11, 13), (7, 64)]

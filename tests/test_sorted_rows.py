@@ -16,7 +16,7 @@ import rankfall as rf
 from laws import make, naive_dense
 from rankfall import _lookup, _sorted_rows
 from rankfall._chain import chain_rows, is_chain
-from rankfall._compiled import library
+from rankfall._row_library import library
 from rankfall._rows import Bags
 from rankfall._sorted_rows import SortedRows, may_pass
 from table_rows import check_rows, gradients_match, layer_around

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled functions of _sorted_rows.c."""
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import c_int64, c_void_p
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankfall._compiled import Source, address, addresses, compiled
+
+_REALS = {torch.float32: "float", torch.float64: "double"}
+# Numbers side by side may be added up in any order, without which that cannot be done at once. Not all of -ffast-math,
+# which would have the whole process take the smallest numbers for zero.
+_FLAGS = ("-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math")
+MOST_FACTORS = 16
+
+
+class Library:
+    """The functions for numbers of one type.
+
+    Args:
+        loaded: What has been compiled.
+        dtype: Their type.
+
+    Raises:
+        ValueError: If what it gives is wrong.
+    """
+
+    def __init__(self, loaded: ctypes.CDLL, dtype: torch.dtype) -> None:
+        one = c_void_p
+        self._rows, self._gradients = loaded.rows, loaded.gradients_of_rows
+        self._rows.argtypes = (c_int64, one, one, one, one, c_int64, one, one, one, one, one)
+        self._gradients.argtypes = (*self._rows.argtypes, one, one)
+        _try(self, dtype)
+
+    def rows(
+        self,
+        chain: Sequence[Tensor],
+        order: Tensor,
+        ids: Tensor,
+        places: Tensor | None,
+        weights: Tensor | None,
+        out: Tensor,
+    ) -> None:
+        """Writes row ids[k] of a chain to row k of `out`, or adds weights[k] times it to row places[k].
+
+        Args:
+            chain: Factors of shape (digits, width, rank), (rank, digits, width, rank), ..., (rank, digits, width); if
+                there is one only, (digits, width). All tensors are without gaps, and of the library's type.
+            order: What sorts `ids`, int64.
+            ids: Row numbers, int64.
+            places: Less than 0 for a row that is left out, int64; None for no places.
+            weights: None for 1.
+            out: Holds zeros, if there are places.
+        """
+        _check(self._rows(*_arguments(chain, order, ids, places, weights), out.data_ptr()))
+
+    def gradients(
+        self,
+        chain: Sequence[Tensor],
+        order: Tensor,
+        ids: Tensor,
+        places: Tensor | None,
+        weights: Tensor | None,
+        gradient: Tensor,
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Those of the factors, and of the weights if there are any, from the gradient of `out`."""
+        of_factors = [torch.zeros_like(factor) for factor in chain]
+        of_weights = None if weights is None else torch.zeros_like(weights)
+        found = addresses(of_factors), address(of_weights)
+        _check(self._gradients(*_arguments(chain, order, ids, places, weights), gradient.data_ptr(), *found))
+        return of_factors, of_weights
+
+
+def _arguments(
+    chain: Sequence[Tensor], order: Tensor, ids: Tensor, places: Tensor | None, weights: Tensor | None
+) -> tuple[Any, ...]:
+    first, *others = chain
+    digits = [len(first), *(factor.shape[1] for factor in others)]
+    widths = [first.shape[1], *(factor.shape[2] for factor in others)]
+    ranks = [*(len(factor) for factor in others), 1]
+    sizes = ((c_int64 * len(chain))(*numbers) for numbers in (digits, widths, ranks))
+    of_ids = order.data_ptr(), ids.data_ptr(), address(places), address(weights)
+    return len(ids), *of_ids, len(chain), *sizes, addresses(chain)
+
+
+def _check(failed: int) -> None:
+    if failed:
+        raise MemoryError("no memory for the product of a table's factors.")
+
+
+@cache
+def library(dtype: torch.dtype) -> Library | None:
+    """The functions for numbers of a type; None for others than float32 and float64, and as `compiled` says."""
+    if dtype not in _REALS:
+        return None
+    source = Source("_sorted_rows.c", (f"-DREAL={_REALS[dtype]}", *_FLAGS))
+    return compiled(source, partial(Library, dtype=dtype), "rows of tables are read by torch")
+
+
+def _try(found: Library, dtype: torch.dtype) -> None:
+    """Raises ValueError unless a small product is right, with its gradients."""
+    first = torch.arange(12, dtype=dtype, device="cpu").view(2, 2, 3)
+    last = torch.arange(60, dtype=dtype, device="cpu").view(3, 4, 5)
+    ids, order = torch.tensor([7, 0, 7], device="cpu"), torch.tensor([1, 0, 2], device="cpu")
+    out, gradient = first.new_empty(3, 10), first.new_ones(3, 10)
+    found.rows((first, last), order, ids, None, None, out)
+    wanted = torch.einsum("nar,rnb->nab", first[ids // 4], last[:, ids % 4]).flatten(1)
+    (of_first, of_last), _ = found.gradients((first, last), order, ids, None, None, gradient)
+    row = last.sum(2)[:, ids % 4].T
+    wanted_first = torch.zeros_like(first).index_add_(0, ids // 4, row.unsqueeze(1).expand(-1, 2, -1))
+    sums = first.sum(1)[ids // 4].T.unsqueeze(2).expand(-1, -1, 5)
+    wanted_last = torch.zeros_like(last).index_add_(1, ids % 4, sums)
+    pairs = ((out, wanted), (of_first, wanted_first), (of_last, wanted_last))
+    if not all(torch.equal(a, b) for a, b in pairs):
+        raise ValueError("its results are wrong")
