@@ -75,6 +75,11 @@ def test_torch_gets_recurrent_weights_and_biases_of_one_type(make, kind, monkeyp
         return call(module, values, *rest)
 
     monkeypatch.setattr(torch.func, "functional_call", noted)
+    x = torch.randn(5, 2, 12)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        layer(torch.randn(5, 2, 12))
+        try:
+            getattr(nn, make.__name__)(12, 8)(x)
+        except RuntimeError as error:  # An LSTM without AVX-512.
+            pytest.skip(f"torch's own layer cannot here: {error}")
+        layer(x)
     assert set(seen) == {torch.float32}
