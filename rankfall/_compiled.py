@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from rankfall._files import write_atomic
-from rankfall._machine import cache_folder
+from rankfall._files import cache_folder, write_atomic
 
 T = TypeVar("T")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are whole or absent: written beside their place, flushed to the disk, then renamed."""
+"""Files that are whole or absent: written beside their place, flushed to the disk, then renamed; and the cache."""
 
 import os
 import secrets
@@ -46,3 +46,12 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def cache_folder() -> Path:
+    """The folder rankfall of XDG_CACHE_HOME, or of ~/.cache; it need not exist.
+
+    Raises:
+        RuntimeError: If there is no home.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rankfall"

@@ -132,7 +132,7 @@ static inline double total(Floats v)
     return sum;
 }
 
-/* Draws of some neighbours: means and log standard deviations in, mean + std * noise out, with std * noise and std^2. */
+/* Draws of some neighbours: mean + std * noise, with std * noise and std^2. */
 static inline void draw_some(
     const float *mean, const float *log_std, const Floats noise, float *drawn, float *away, float *variance)
 {

@@ -3,7 +3,6 @@
 
 import json
 import math
-import os
 import platform
 import time
 from collections.abc import Callable
@@ -14,8 +13,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from rankfall._files import write_atomic
+from rankfall._files import cache_folder, write_atomic
 from rankfall._onednn import by_onednn, has_onednn
+from rankfall._row_library import PASS_CALL, library
 
 _MOST_UNUSUAL = 8.0  # A figure that is further from the usual one than this was measured beside something else.
 _ROUNDS = 5
@@ -32,6 +32,7 @@ class Machine:
         call: Seconds that each product of a batch of the smallest takes.
         convolved: Operations per second of one large convolution.
         batched: Operations per second of large products in a batch, which MKL does.
+        passed: Operations per second of a pass over rows of a table by compiled code, gradients included.
     """
 
     flops: float = 200e9
@@ -39,6 +40,7 @@ class Machine:
     call: float = 1e-7
     convolved: float = 200e9
     batched: float = 100e9
+    passed: float = 105e9
 
     @property
     def flops_per_element(self) -> int:
@@ -49,6 +51,11 @@ class Machine:
     def slowness_of_batches(self) -> float:
         """How many operations of one large product take as long as one of a batch of them."""
         return self.flops / self.batched
+
+    @property
+    def slowness_of_passes(self) -> float:
+        """How many operations of a product in a batch take as long as one of a pass."""
+        return self.batched / self.passed
 
     @property
     def slowness_of_convolutions(self) -> float:
@@ -125,15 +132,6 @@ def cache_path() -> Path:
     return cache_folder() / f"machine-{torch.get_num_threads()}.json"
 
 
-def cache_folder() -> Path:
-    """The folder rankfall of XDG_CACHE_HOME, or of ~/.cache; it need not exist.
-
-    Raises:
-        RuntimeError: If there is no home.
-    """
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rankfall"
-
-
 def _name() -> str:
     return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
 
@@ -171,7 +169,23 @@ def _measured() -> Machine:
     pictures, kernel = torch.rand(16, 64, 32, 32, device="cpu"), torch.rand(64, 64, 3, 3, device="cpu")
     slid = F.conv2d(pictures, kernel)
     convolved = 2 * slid.numel() * kernel[0].numel() / _seconds(lambda: F.conv2d(pictures, kernel))
-    return _plausible(Machine(flops, elements, call, convolved, batched))
+    return _plausible(Machine(flops, elements, call, convolved, batched, _passed()))
+
+
+def _passed() -> float:
+    """Operations per second of a pass, the usual number where there is no compiled code."""
+    compiled = library(torch.float32)
+    if compiled is None:
+        return USUAL.passed
+    chain = [torch.rand(shape, device="cpu") for shape in ((70, 8, 16), (16, 70, 4, 16), (16, 70, 16))]
+    # No two rows have their first two digits in common. Steps of a power of 2 would do harm to a cache.
+    count = 1 << 12
+    ids = torch.arange(count, device="cpu") * 70
+    order, rows = ids.argsort(), torch.empty(count, 512, device="cpu")
+    read = _seconds(lambda: compiled.rows(chain, order, ids, None, None, rows))
+    learned = _seconds(lambda: compiled.gradients(chain, order, ids, None, None, rows))
+    flops, calls = 2 * count * (8 * 16 * 64 + 32 * 16 * 16), 2 * count
+    return flops / max((read + learned) / 3 - calls * PASS_CALL, 1e-9)
 
 
 def _seconds(work: Callable[[], object]) -> float:

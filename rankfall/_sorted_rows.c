@@ -16,8 +16,14 @@
 #endif
 
 typedef int64_t Size;
+/* How many numbers stand side by side in a register, if they are float, and how many such rows there is room for. */
+#ifdef __AVX512F__
+enum { WIDE = 16, ROWS = 8 };
+#else
+enum { WIDE = 8, ROWS = 4 };
+#endif
 /* Numbers that stand side by side, at any address. */
-typedef REAL By16 __attribute__((vector_size(16 * sizeof(REAL)), aligned(sizeof(REAL)), may_alias));
+typedef REAL Wide __attribute__((vector_size(WIDE * sizeof(REAL)), aligned(sizeof(REAL)), may_alias));
 typedef REAL By8 __attribute__((vector_size(8 * sizeof(REAL)), aligned(sizeof(REAL)), may_alias));
 typedef REAL By4 __attribute__((vector_size(4 * sizeof(REAL)), aligned(sizeof(REAL)), may_alias));
 typedef REAL By1;
@@ -28,22 +34,28 @@ typedef struct {
     Size down, across;
 } Matrix;
 
-/* Some rows and columns of C = A B, or of C += A B, held in registers; the columns of B and C stand side by side. */
+/* Some rows and columns of C = A B, or of C += A B, held in registers; the columns of B and C stand side by side. Each
+ * row has `across` of them. */
 #define BLOCK(NAME, V)                                                                                      \
     static inline __attribute__((always_inline)) void NAME(                                                 \
-        const int rows, Size inner, const REAL *a, Matrix A, const REAL *b, Size down, REAL *c, Size c_down, int adds) \
+        const int rows, const int across, Size inner, const REAL *a, Matrix A, const REAL *b, Size down,    \
+        REAL *c, Size c_down, int adds)                                                                     \
     {                                                                                                       \
+        enum { LANES = sizeof(V) / sizeof(REAL) };                                                          \
         V sum[8];                                                                                           \
-        _Pragma("GCC unroll 8") for (int i = 0; i < rows; i++)                                              \
-            sum[i] = adds ? *(const V *)(c + i * c_down) : (V){0};                                          \
+        _Pragma("GCC unroll 8") for (int i = 0; i < rows * across; i++)                                     \
+            sum[i] = adds ? *(const V *)(c + i / across * c_down + i % across * LANES) : (V){0};            \
         for (Size k = 0; k < inner; k++, a += A.across, b += down) {                                        \
-            const V side = *(const V *)b;                                                                   \
-            _Pragma("GCC unroll 8") for (int i = 0; i < rows; i++) sum[i] += a[i * A.down] * side;          \
+            V side[2];                                                                                      \
+            _Pragma("GCC unroll 2") for (int n = 0; n < across; n++) side[n] = *(const V *)(b + n * LANES); \
+            _Pragma("GCC unroll 8") for (int i = 0; i < rows * across; i++)                                 \
+                sum[i] += a[i / across * A.down] * side[i % across];                                        \
         }                                                                                                   \
-        _Pragma("GCC unroll 8") for (int i = 0; i < rows; i++) *(V *)(c + i * c_down) = sum[i];             \
+        _Pragma("GCC unroll 8") for (int i = 0; i < rows * across; i++)                                     \
+            *(V *)(c + i / across * c_down + i % across * LANES) = sum[i];                                  \
     }
 
-BLOCK(block16, By16)
+BLOCK(wide_block, Wide)
 BLOCK(block8, By8)
 BLOCK(block4, By4)
 BLOCK(block1, By1)
@@ -52,42 +64,52 @@ static inline __attribute__((always_inline)) void some_rows(
     const int rows, Size columns, Size inner, Matrix A, Matrix B, REAL *c, Size c_down, int adds)
 {
     Size j = 0;
-    for (; j + 16 <= columns; j += 16) block16(rows, inner, A.start, A, B.start + j, B.down, c + j, c_down, adds);
-    for (; j + 8 <= columns; j += 8) block8(rows, inner, A.start, A, B.start + j, B.down, c + j, c_down, adds);
-    for (; j + 4 <= columns; j += 4) block4(rows, inner, A.start, A, B.start + j, B.down, c + j, c_down, adds);
-    for (; j < columns; j++) block1(rows, inner, A.start, A, B.start + j, B.down, c + j, c_down, adds);
+    for (; j + 16 <= columns; j += 16)
+        wide_block(rows, 16 / WIDE, inner, A.start, A, B.start + j, B.down, c + j, c_down, adds);
+    for (; j + 8 <= columns; j += 8) block8(rows, 1, inner, A.start, A, B.start + j, B.down, c + j, c_down, adds);
+    for (; j + 4 <= columns; j += 4) block4(rows, 1, inner, A.start, A, B.start + j, B.down, c + j, c_down, adds);
+    for (; j < columns; j++) block1(rows, 1, inner, A.start, A, B.start + j, B.down, c + j, c_down, adds);
 }
 
-/* C = A B, or C += A B, for A of shape (rows, inner) and B of shape (inner, columns). */
-static void product(Size rows, Size columns, Size inner, Matrix A, Matrix B, REAL *c, Size c_down, int adds)
+static inline __attribute__((always_inline)) void strip(
+    const int most, Size rows, Size columns, Size inner, Matrix A, Matrix B, REAL *c, Size c_down, int adds)
 {
-    for (; rows >= 8; rows -= 8, A.start += 8 * A.down, c += 8 * c_down)
-        some_rows(8, columns, inner, A, B, c, c_down, adds);
+    for (; rows >= most; rows -= most, A.start += most * A.down, c += most * c_down)
+        some_rows(most, columns, inner, A, B, c, c_down, adds);
     for (; rows >= 4; rows -= 4, A.start += 4 * A.down, c += 4 * c_down)
         some_rows(4, columns, inner, A, B, c, c_down, adds);
     for (; rows; rows--, A.start += A.down, c += c_down) some_rows(1, columns, inner, A, B, c, c_down, adds);
 }
 
-static inline REAL total(By16 v)
+/* C = A B, or C += A B, for A of shape (rows, inner) and B of shape (inner, columns). */
+static void product(Size rows, Size columns, Size inner, Matrix A, Matrix B, REAL *c, Size c_down, int adds)
+{
+    const Size wide = columns / 16 * 16;
+    if (wide) strip(ROWS, rows, wide, inner, A, B, c, c_down, adds);
+    B.start += wide;
+    if (wide < columns) strip(8, rows, columns - wide, inner, A, B, c + wide, c_down, adds);
+}
+
+static inline REAL total(Wide v)
 {
     REAL sum = 0;
-    for (int lane = 0; lane < 16; lane++) sum += v[lane];
+    for (int lane = 0; lane < WIDE; lane++) sum += v[lane];
     return sum;
 }
 
 /* C += A B.T, for B of shape (columns, inner); rows of A and of B stand side by side. */
 static void product_of_rows(Size rows, Size columns, Size inner, Matrix A, Matrix B, REAL *c, Size c_down)
 {
-    const Size whole = inner / 16 * 16;
+    const Size whole = inner / WIDE * WIDE;
     for (Size i = 0; i < rows; i += 4)
         for (Size j = 0; j < columns; j++) {
             const int some = rows - i < 4 ? (int)(rows - i) : 4;
             const REAL *b = B.start + j * B.down, *a[4];
             for (int n = 0; n < 4; n++) a[n] = A.start + (i + (n < some ? n : 0)) * A.down;
-            By16 sum[4] = {{0}, {0}, {0}, {0}};
-            for (Size k = 0; k < whole; k += 16) {
-                const By16 side = *(const By16 *)(b + k);
-                _Pragma("GCC unroll 4") for (int n = 0; n < 4; n++) sum[n] += *(const By16 *)(a[n] + k) * side;
+            Wide sum[4] = {{0}, {0}, {0}, {0}};
+            for (Size k = 0; k < whole; k += WIDE) {
+                const Wide side = *(const Wide *)(b + k);
+                _Pragma("GCC unroll 4") for (int n = 0; n < 4; n++) sum[n] += *(const Wide *)(a[n] + k) * side;
             }
             _Pragma("GCC unroll 4") for (int n = 0; n < 4; n++)
             {
@@ -210,9 +232,16 @@ static void hand_on(Chain *chain, Part *part)
         for (Size j = 0; j < across; j++) of_slice[j] += part->of_made[j];
     } else {
         const Matrix of_made = {part->of_made, across, 1}, turned = {chain->turned, part->rank, 1};
-        const Matrix left = {part[-1].made, 1, part->rank};
-        product(part->rank, across, part->before, left, of_made, of_slice, down, 1);
-        if (across >= 16) {
+        if (across < 8 && part->rank > across) {
+            const Matrix side = {part->of_made, 1, across}, left = {part[-1].made, part->rank, 1};
+            product(across, part->rank, part->before, side, left, chain->turned, part->rank, 0);
+            for (Size i = 0; i < part->rank; i++)
+                for (Size j = 0; j < across; j++) of_slice[i * down + j] += chain->turned[j * part->rank + i];
+        } else {
+            const Matrix left = {part[-1].made, 1, part->rank};
+            product(part->rank, across, part->before, left, of_made, of_slice, down, 1);
+        }
+        if (across >= 8 * part->before) {
             const Matrix slice = {part->values + part->at, down, 1};
             product_of_rows(part->before, part->rank, across, of_made, slice, part[-1].of_made, part->rank);
         } else {

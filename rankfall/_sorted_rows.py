@@ -14,13 +14,11 @@ from rankfall._chain import chain_rows
 from rankfall._compiled import is_unseen
 from rankfall._einsum import Plan
 from rankfall._machine import machine
-from rankfall._row_library import MOST_FACTORS, library
+from rankfall._row_library import MOST_FACTORS, PASS_CALL, library
 from rankfall._rows import Bags, Rows, may_look_at
 
 # Fitted to what passes take, with their gradients.
-_EFFORT = 0.95  # Operations in a batch that take as long as one.
 _DOWN, _SIDE_BY_SIDE = 8, 16  # The block that is made at once: of a smaller one the time falls by the square root.
-_CALL = 3e-8  # Seconds that a product takes besides.
 JOINING = 2.5e-5  # Seconds that it takes to call what joins factors for a pass.
 _CACHED = 1 << 18  # Entries of a factor up to which it stays at hand.
 _SORTED = 60  # Numbers moved in the time that it takes to sort an id among others.
@@ -62,7 +60,9 @@ def pass_plan(modes: Sequence[Sequence[int]], ranks: Sequence[int], ids: int) ->
             elements += 2 * count * rank * columns * after
         width *= columns
     # One thread goes through them, while batches of products are shared out among all.
-    batched = round(torch.get_num_threads() * _EFFORT * flops + calls * machine().batched * _CALL)
+    found = machine()
+    effort = torch.get_num_threads() * found.slowness_of_passes
+    batched = round(effort * flops + calls * found.batched * PASS_CALL)
     return Plan((), batched, elements + ids * (width + _SORTED), batched)
 
 

@@ -2,8 +2,10 @@
 """What is known of the computer: measured once, kept, and never trusted blindly."""
 
 import json
+from dataclasses import replace
 
 import pytest
+import torch
 from torch import nn
 
 import rankfall as rf
@@ -12,6 +14,8 @@ from rankfall._costs import costs
 from rankfall._einsum import shapes_of
 from rankfall._machine import USUAL, Machine, cache_path, calibrate, machine, use
 from rankfall._matmul import linear_way
+from rankfall._row_library import library
+from rankfall._sorted_rows import pass_plan
 from rankfall.cli import main
 
 OTHER = Machine(flops=100e9, elements=5e9)
@@ -36,7 +40,7 @@ def test_without_figures_the_usual_ones_hold():
 def test_calibration_is_kept_and_not_repeated(monkeypatch):
     found = calibrate()
     assert json.loads(cache_path().read_text())["flops"] == found.flops
-    for name in ("flops", "elements", "call", "convolved", "batched"):
+    for name in ("flops", "elements", "call", "convolved", "batched", "passed"):
         assert 1 / 8 <= getattr(found, name) / getattr(USUAL, name) <= 8
     monkeypatch.setattr(_machine, "_measured", lambda: OTHER)
     assert calibrate() == found
@@ -88,7 +92,18 @@ def test_figures_that_are_not_of_this_machine_or_make_no_sense(change):
 def test_what_was_measured_beside_other_work_is_bounded(monkeypatch):
     monkeypatch.setattr(_machine, "_seconds", lambda work: 1.0)
     slow = Machine(USUAL.flops / 8, USUAL.elements / 8, USUAL.call * 8, USUAL.convolved / 8, USUAL.batched / 8)
+    assert _machine._measured() == replace(slow, passed=USUAL.passed / (8 if library(torch.float32) else 1))
+    monkeypatch.setattr(_machine, "library", lambda dtype: None)
     assert _machine._measured() == slow
+
+
+def test_plans_follow_the_speed_of_compiled_code():
+    modes, ranks = ((200, 220, 250), (4, 4, 8)), (16, 16)
+    found = []
+    for passed in (USUAL.passed, USUAL.passed / 4):
+        use(replace(USUAL, passed=passed))
+        found.append(pass_plan(modes, ranks, 2048).flops)
+    assert 3 < found[1] / found[0] < 4
 
 
 def test_plans_follow_the_figures():
