@@ -94,7 +94,7 @@ class CompiledDraw:
         self._prior, self._tensors = prior, tensors
         self._parameters = _parameters(tensors)
         self._seed = torch.zeros((), dtype=torch.int64, device="cpu")
-        self._state: list[tuple[int, torch.Size]] = []
+        self._state: list[tuple[int, torch.Size, bool]] = []
         self._buffers: _Buffers | None = None
         self._kl: Tensor | None = None
 
@@ -116,16 +116,18 @@ class CompiledDraw:
         self._buffers.hand_on_(0.0 if of_kl is None else float(of_kl))
 
     def _present(self) -> "_Buffers | None":
-        """Buffers for today's factors; None if one is frozen, has gaps, or a hook that waits for its gradient."""
-        state = [(p.data_ptr(), p.shape) for p in self._parameters]
+        """Buffers for today's factors; None where one cannot be drawn so, or its gradient could not be handed on."""
+        state = [(p.data_ptr(), p.shape, p.requires_grad) for p in self._parameters]
         if state != self._state:
-            usable = all(p.is_contiguous() and p.requires_grad and not _has_hook(p) for p in self._parameters)
+            usable = has_draw(self._prior, self._tensors) and all(map(_waits_for_nothing, self._parameters))
             self._buffers, self._state = _Buffers(self._tensors) if usable else None, state
         return self._buffers
 
 
-def _has_hook(parameter: Tensor) -> bool:
-    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)  # pyright: ignore
+def _waits_for_nothing(parameter: Tensor) -> bool:
+    """Whether a parameter is trained, has no gaps, and no hook that its gradient would have to go through."""
+    hooks = parameter._backward_hooks or parameter._post_accumulate_grad_hooks  # pyright: ignore
+    return parameter.requires_grad and parameter.is_contiguous() and not hooks
 
 
 class _Buffers:
