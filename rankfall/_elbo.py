@@ -91,7 +91,7 @@ class JointDraw:
         try:
             for tensors, draw in self._kinds:
                 value, draws = draw()
-                for tensor, its in zip(tensors, draws, strict=False):
+                for tensor, its in zip(tensors, draws, strict=False):  # Points have none.
                     tensor.given[:] = its
                 terms.append(value)
             yield _total(terms)
