@@ -17,9 +17,8 @@ from _report import table
 
 import rankfall as rf
 from rankfall import _lookup
-from rankfall._chain import is_chain
 from rankfall._einsum import rounded, shapes_of
-from rankfall._sorted_rows import has_pass
+from rankfall._sorted_rows import has_compiled_rows
 
 _TOO_LONG = 1.0  # Seconds.
 _CASES = (
@@ -83,8 +82,7 @@ def _measured(weight: rf.LowRankTensor, count: int, rounds: int, flops: float) -
 
 def _sizes(weight: rf.LowRankTensor, count: int) -> tuple:
     layout, factors = weight.layout, list(weight.factors)
-    compiled = is_chain(layout) and has_pass(factors)
-    return layout, shapes_of(factors), rounded(count), rounded(count), compiled
+    return layout, shapes_of(factors), rounded(count), rounded(count), has_compiled_rows(factors)
 
 
 if __name__ == "__main__":

@@ -38,15 +38,21 @@ class Source:
     Attributes:
         name: Of the file.
         flags: For the compiler, those that all files have aside.
+        includes: Files beside it that it takes in.
     """
 
     name: str
     flags: tuple[str, ...]
+    includes: tuple[str, ...] = ()
 
     @property
     def path(self) -> Path:
         """Where it is."""
         return _FOLDER / self.name
+
+    def text(self) -> list[str]:
+        """What is compiled."""
+        return [(_FOLDER / name).read_text() for name in (self.name, *self.includes)]
 
     def command(self, compiler: Sequence[str]) -> list[str]:
         """What compiles it, but for the processor, the file and where the library is to go."""
@@ -105,7 +111,7 @@ def addresses(tensors: Iterable[Tensor | None]) -> "ctypes.Array[c_void_p]":
 def _loaded(source: Source, compiler: Sequence[str]) -> ctypes.CDLL:
     """The library, from the user's cache if this one is there; else made there, or beside if that cannot be written."""
     command = source.command(compiler)
-    of = (source.path.read_text(), command, platform.system(), platform.machine(), _processor())
+    of = (source.text(), command, platform.system(), platform.machine(), _processor())
     name = f"{source.path.stem.strip('_')}-{hashlib.sha256(repr(of).encode()).hexdigest()[:16]}.so"
     with suppress(OSError, RuntimeError):
         path = cache_folder() / name

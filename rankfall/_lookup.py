@@ -22,12 +22,23 @@ from rankfall._chain import (
     modes_of,
     parts_of,
 )
-from rankfall._contract import NARROW, Halves, cut_at, effort_of_mixed, halves, matrices, mixed, part_plan
+from rankfall._contract import (
+    NARROW,
+    Halves,
+    cut_at,
+    effort_of_mixed,
+    halves,
+    matrices,
+    mixed,
+    part_plan,
+    plan_of_halves,
+)
 from rankfall._einsum import Axes, Plan, Shapes, contract, cost_of, plan, planned_once, rounded, run, shapes_of
 from rankfall._layout import Layout
 from rankfall._machine import machine
+from rankfall._row_library import MOST_FACTORS
 from rankfall._rows import OwnRows, Rows, TableRows, may_look_at
-from rankfall._sorted_rows import JOINING, SortedRows, may_pass, pass_plan
+from rankfall._sorted_rows import JOINING, SortedRows, blocks_plan, may_pass, pass_plan
 
 _SORTED = 120  # Numbers moved in the time that it takes to sort an id among others.
 _ROW = "row"  # The axis of the wanted rows, which all factors of row modes share.
@@ -83,11 +94,13 @@ class Reading:
     Attributes:
         forms_table: Whether a table of all rows is formed; else only the distinct rows that are asked for.
         pair: If rows of the first of two thin matrices are read, and multiplied by the second after that: those two.
+            For a table in blocks, the matrices that it is the product of; None for a TT-matrix.
         bond: For a TT-matrix whose table is formed, the bond at which it is done in two parts.
         cost: Time, in floating-point operations.
         joined: For a chain whose rows are read, how many of its first factors are contracted to one beforehand, and
             how many of the last: with fewer rows than are wanted, that is cheaper once than for each.
-        compiled: For a chain whose rows are read, whether compiled code does it, in one pass.
+        compiled: Whether compiled code does it in one pass: rows of a chain, or those of a table that it forms in
+            blocks.
     """
 
     forms_table: bool
@@ -99,6 +112,8 @@ class Reading:
 
     def described(self) -> str:
         """The way in words."""
+        if self.compiled and self.forms_table:
+            return "a table of all rows in blocks"
         read = "a table of all rows" if self.forms_table else "the distinct rows"
         if self.compiled:
             read += " in one pass"
@@ -163,10 +178,25 @@ def readings(layout: Layout, shapes: Shapes, ids: int, outputs: int, compiled: b
     else:
         for joined in (APART, *_joinable(layout, distinct)):
             consider(False, None, 0, _plan_of_chain(layout, shapes, distinct, joined), width, joined)
-    for joined in _tails(layout, distinct) if compiled else ():
-        cost = _plan_of_pass(layout, shapes, ids, joined).cost + round(machine().flops * JOINING * (joined != APART))
-        found.append(Reading(False, None, 0, cost, joined, compiled=True))
-    return found
+    return [*found, *_by_compiled_code(layout, shapes, ids)] if compiled else found
+
+
+def _by_compiled_code(layout: Layout, shapes: Shapes, ids: int) -> Iterator[Reading]:
+    """The ways that it has."""
+    joining = round(machine().flops * JOINING)
+    if is_chain(layout):
+        for joined in _tails(layout, min(ids, layout.shape[0])):
+            cost = _plan_of_pass(layout, shapes, ids, joined).cost + joining * (joined != APART)
+            yield Reading(False, None, 0, cost, joined, compiled=True)
+    thin = halves(layout, shapes)
+    if thin is not None:
+        (rows, width), ranks = layout.shape, layout.ranks(shapes)
+        parts = plan_of_halves(layout, shapes, thin)
+        made = blocks_plan((rows, 1), math.prod([ranks[bond] for bond in thin.joint]), (1, width), ids)
+        yield Reading(True, thin, 0, parts.cost + made.cost + joining, compiled=True)
+    elif is_chain_of_matrices(layout):
+        for bond in range(len(layout.bonds)):
+            yield Reading(True, None, bond, _table_in_blocks(layout, shapes, ids, bond).cost + joining, compiled=True)
 
 
 def _tails(layout: Layout, rows: int) -> Iterator[Joined]:
@@ -175,7 +205,7 @@ def _tails(layout: Layout, rows: int) -> Iterator[Joined]:
     What the first ones have to say a pass makes once by itself.
     """
     count = len(layout.factors)
-    for last in range(1, count):
+    for last in range(max(1, count + 1 - MOST_FACTORS), count):
         names, _ = modes_of(layout, range(count - last, count))
         if last == 1 or 2 * math.prod([layout.mode_sizes[name] for name in names]) <= rows:
             yield 1, last
@@ -237,6 +267,15 @@ def _plan_of_pass(layout: Layout, shapes: Shapes, ids: int, joined: Joined) -> P
     return replace(made, flops=made.flops + flops, elements=made.elements + elements)
 
 
+def _table_in_blocks(layout: Layout, shapes: Shapes, ids: int, bond: int) -> Plan:
+    """A TT-matrix in two parts, and a table of them in blocks."""
+    parts = [range(bond + 1), range(bond + 1, len(layout.factors))]
+    flops, elements = _of_joining(layout, shapes, parts)
+    head, tail = ([math.prod(modes[part.start : part.stop]) for modes in layout.modes] for part in parts)
+    made = blocks_plan(head, layout.ranks(shapes)[layout.bonds[bond]], tail, ids)
+    return replace(made, flops=made.flops + flops, elements=made.elements + elements)
+
+
 def _table_by_cut(layout: Layout, shapes: Shapes, bond: int) -> Plan:
     rows, width = layout.padded_shape
     rank = layout.ranks(shapes)[layout.bonds[bond]]
@@ -265,13 +304,13 @@ def read(layout: Layout, factors: Sequence[Tensor], ids: Int[Tensor, "*ids"], ou
     shapes = shapes_of(factors)
     count = rounded(ids.numel())
     outputs = count if outputs is None else rounded(outputs)
-    # Which tables are chains is asked first, since others have no use for compiled code.
-    compiled = is_chain(layout) and may_pass(factors, ids)
-    return read_by(reading(layout, shapes, count, outputs, compiled), layout, factors, ids)
+    return read_by(reading(layout, shapes, count, outputs, may_pass(factors, ids)), layout, factors, ids)
 
 
 def read_by(way: Reading, layout: Layout, factors: Sequence[Tensor], ids: Int[Tensor, "*ids"]) -> Rows:
     """The same in a given way."""
+    if way.compiled:
+        return SortedRows(_chain_by(way, layout, factors), ids, layout.shape[1], in_blocks=way.forms_table)
     after = first = None
     if way.pair is not None:
         first, after = matrices(layout, factors, way.pair, first=way.forms_table)
@@ -281,14 +320,22 @@ def read_by(way: Reading, layout: Layout, factors: Sequence[Tensor], ids: Int[Te
             places = ids if strides[0] == 1 else ids % strides[1] * strides[0] + ids // strides[1]
             return TableRows(table, places, None, None, strides)
         return TableRows(_contract.dense(layout, factors) if first is None else first, ids, after, None)
-    if way.compiled:
-        return SortedRows(tuple(chain_of(layout, factors, way.joined)), ids, layout.shape[1])
     which = tuple(range(len(factors))) if way.pair is None else way.pair.first
     kept = layout.axes[1] if way.pair is None else way.pair.joint
     if not may_look_at(ids):
         return OwnRows(_rows_of(layout, factors, ids.flatten(), which, kept, way.joined), ids, after)
     distinct, places = _distinct(ids)
     return TableRows(_rows_of(layout, factors, distinct, which, kept, way.joined), places, after, distinct)
+
+
+def _chain_by(way: Reading, layout: Layout, factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The factors that compiled code goes through."""
+    if way.pair is not None:
+        first, second = matrices(layout, factors, way.pair)
+        assert first is not None
+        return first.unsqueeze(1), second.unsqueeze(1)
+    joined = (way.bond + 1, len(factors) - way.bond - 1) if way.forms_table else way.joined
+    return tuple(chain_of(layout, factors, joined))
 
 
 def _distinct(ids: Int[Tensor, "*ids"]) -> tuple[Int[Tensor, " n"], Int[Tensor, "*ids"]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from rankfall._files import cache_folder, write_atomic
 from rankfall._onednn import by_onednn, has_onednn
@@ -33,6 +34,7 @@ class Machine:
         convolved: Operations per second of one large convolution.
         batched: Operations per second of large products in a batch, which MKL does.
         passed: Operations per second of a pass over rows of a table by compiled code, gradients included.
+        blocked: The same of a table that it makes block by block.
     """
 
     flops: float = 200e9
@@ -41,6 +43,7 @@ class Machine:
     convolved: float = 200e9
     batched: float = 100e9
     passed: float = 105e9
+    blocked: float = 105e9
 
     @property
     def flops_per_element(self) -> int:
@@ -56,6 +59,11 @@ class Machine:
     def slowness_of_passes(self) -> float:
         """How many operations of a product in a batch take as long as one of a pass."""
         return self.batched / self.passed
+
+    @property
+    def slowness_of_blocks(self) -> float:
+        """The same of one of a table in blocks."""
+        return self.batched / self.blocked
 
     @property
     def slowness_of_convolutions(self) -> float:
@@ -169,23 +177,39 @@ def _measured() -> Machine:
     pictures, kernel = torch.rand(16, 64, 32, 32, device="cpu"), torch.rand(64, 64, 3, 3, device="cpu")
     slid = F.conv2d(pictures, kernel)
     convolved = 2 * slid.numel() * kernel[0].numel() / _seconds(lambda: F.conv2d(pictures, kernel))
-    return _plausible(Machine(flops, elements, call, convolved, batched, _passed()))
+    return _plausible(Machine(flops, elements, call, convolved, batched, _passed(), _blocked()))
 
 
 def _passed() -> float:
     """Operations per second of a pass, the usual number where there is no compiled code."""
-    compiled = library(torch.float32)
-    if compiled is None:
-        return USUAL.passed
     chain = [torch.rand(shape, device="cpu") for shape in ((70, 8, 16), (16, 70, 4, 16), (16, 70, 16))]
     # No two rows have their first two digits in common. Steps of a power of 2 would do harm to a cache.
-    count = 1 << 12
-    ids = torch.arange(count, device="cpu") * 70
-    order, rows = ids.argsort(), torch.empty(count, 512, device="cpu")
+    ids = torch.arange(1 << 12, device="cpu") * 70
+    taken = _seconds_of_rows(chain, ids, in_blocks=False)
+    if taken is None:
+        return USUAL.passed
+    flops, calls = 2 * len(ids) * (8 * 16 * 64 + 32 * 16 * 16), 2 * len(ids)
+    return flops / max(taken - calls * PASS_CALL, 1e-9)
+
+
+def _blocked() -> float:
+    """The same of a table in blocks."""
+    count, rank, width = 1 << 11, 64, 256
+    chain = [torch.rand(shape, device="cpu") for shape in ((count, 1, rank), (rank, 1, width))]
+    taken = _seconds_of_rows(chain, torch.arange(count, device="cpu"), in_blocks=True)
+    return USUAL.blocked if taken is None else 2 * count * rank * width / taken
+
+
+def _seconds_of_rows(chain: list[Tensor], ids: Tensor, *, in_blocks: bool) -> float | None:
+    """A third of what rows take with their gradients; None where there is no compiled code."""
+    compiled = library(torch.float32, in_blocks=in_blocks)
+    if compiled is None:
+        return None
+    rows = torch.empty(len(ids), math.prod([f.shape[-2] for f in chain[:-1]]) * chain[-1].shape[-1], device="cpu")
+    order = ids.argsort()
     read = _seconds(lambda: compiled.rows(chain, order, ids, None, None, rows))
     learned = _seconds(lambda: compiled.gradients(chain, order, ids, None, None, rows))
-    flops, calls = 2 * count * (8 * 16 * 64 + 32 * 16 * 16), 2 * count
-    return flops / max((read + learned) / 3 - calls * PASS_CALL, 1e-9)
+    return (read + learned) / 3
 
 
 def _seconds(work: Callable[[], object]) -> float:

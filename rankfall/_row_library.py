@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled functions of _sorted_rows.c."""
+"""The compiled functions of _sorted_rows.c and _block_rows.c, which take the same arguments."""
 
 import ctypes
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ PASS_CALL = 3e-8
 
 
 class Library:
-    """The functions for numbers of one type.
+    """The functions of one of them for numbers of one type.
 
     Args:
         loaded: What has been compiled.
@@ -52,7 +52,8 @@ class Library:
 
         Args:
             chain: Factors of shape (digits, width, rank), (rank, digits, width, rank), ..., (rank, digits, width); if
-                there is one only, (digits, width). All tensors are without gaps, and of the library's type.
+                there is one only, (digits, width); for a table in blocks there are two. All tensors are without gaps,
+                and of the library's type.
             order: What sorts `ids`, int64.
             ids: Row numbers, int64.
             places: Less than 0 for a row that is left out, int64; None for no places.
@@ -96,11 +97,17 @@ def _check(failed: int) -> None:
 
 
 @cache
-def library(dtype: torch.dtype) -> Library | None:
-    """The functions for numbers of a type; None for others than float32 and float64, and as `compiled` says."""
+def library(dtype: torch.dtype, *, in_blocks: bool = False) -> Library | None:
+    """The functions for numbers of a type; None for others than float32 and float64, and as `compiled` says.
+
+    Args:
+        dtype: The type.
+        in_blocks: Whether those that make a table of two factors block by block, else those that make row by row.
+    """
     if dtype not in _REALS:
         return None
-    source = Source("_sorted_rows.c", (f"-DREAL={_REALS[dtype]}", *_FLAGS))
+    name = "_block_rows.c" if in_blocks else "_sorted_rows.c"
+    source = Source(name, (f"-DREAL={_REALS[dtype]}", *_FLAGS), ("_row_blocks.h",))
     return compiled(source, partial(Library, dtype=dtype), "rows of tables are read by torch")
 
 

@@ -7,88 +7,7 @@
  * common, and each product is made once for all rows that begin alike. Factors stand as they do in Python, of shape
  * (rank before, digits, width, rank after), without the ranks at the ends; REAL is float or double.
  */
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-
-#ifndef REAL
-#define REAL float
-#endif
-
-typedef int64_t Size;
-/* How many numbers stand side by side in a register, if they are float, and how many such rows there is room for. */
-#ifdef __AVX512F__
-enum { WIDE = 16, ROWS = 8 };
-#else
-enum { WIDE = 8, ROWS = 4 };
-#endif
-/* Numbers that stand side by side, at any address. */
-typedef REAL Wide __attribute__((vector_size(WIDE * sizeof(REAL)), aligned(sizeof(REAL)), may_alias));
-typedef REAL By8 __attribute__((vector_size(8 * sizeof(REAL)), aligned(sizeof(REAL)), may_alias));
-typedef REAL By4 __attribute__((vector_size(4 * sizeof(REAL)), aligned(sizeof(REAL)), may_alias));
-typedef REAL By1;
-
-/* A matrix whose element (i, j) stands at start[i * down + j * across]. */
-typedef struct {
-    const REAL *start;
-    Size down, across;
-} Matrix;
-
-/* Some rows and columns of C = A B, or of C += A B, held in registers; the columns of B and C stand side by side. Each
- * row has `across` of them. */
-#define BLOCK(NAME, V)                                                                                      \
-    static inline __attribute__((always_inline)) void NAME(                                                 \
-        const int rows, const int across, Size inner, const REAL *a, Matrix A, const REAL *b, Size down,    \
-        REAL *c, Size c_down, int adds)                                                                     \
-    {                                                                                                       \
-        enum { LANES = sizeof(V) / sizeof(REAL) };                                                          \
-        V sum[8];                                                                                           \
-        _Pragma("GCC unroll 8") for (int i = 0; i < rows * across; i++)                                     \
-            sum[i] = adds ? *(const V *)(c + i / across * c_down + i % across * LANES) : (V){0};            \
-        for (Size k = 0; k < inner; k++, a += A.across, b += down) {                                        \
-            V side[2];                                                                                      \
-            _Pragma("GCC unroll 2") for (int n = 0; n < across; n++) side[n] = *(const V *)(b + n * LANES); \
-            _Pragma("GCC unroll 8") for (int i = 0; i < rows * across; i++)                                 \
-                sum[i] += a[i / across * A.down] * side[i % across];                                        \
-        }                                                                                                   \
-        _Pragma("GCC unroll 8") for (int i = 0; i < rows * across; i++)                                     \
-            *(V *)(c + i / across * c_down + i % across * LANES) = sum[i];                                  \
-    }
-
-BLOCK(wide_block, Wide)
-BLOCK(block8, By8)
-BLOCK(block4, By4)
-BLOCK(block1, By1)
-
-static inline __attribute__((always_inline)) void some_rows(
-    const int rows, Size columns, Size inner, Matrix A, Matrix B, REAL *c, Size c_down, int adds)
-{
-    Size j = 0;
-    for (; j + 16 <= columns; j += 16)
-        wide_block(rows, 16 / WIDE, inner, A.start, A, B.start + j, B.down, c + j, c_down, adds);
-    for (; j + 8 <= columns; j += 8) block8(rows, 1, inner, A.start, A, B.start + j, B.down, c + j, c_down, adds);
-    for (; j + 4 <= columns; j += 4) block4(rows, 1, inner, A.start, A, B.start + j, B.down, c + j, c_down, adds);
-    for (; j < columns; j++) block1(rows, 1, inner, A.start, A, B.start + j, B.down, c + j, c_down, adds);
-}
-
-static inline __attribute__((always_inline)) void strip(
-    const int most, Size rows, Size columns, Size inner, Matrix A, Matrix B, REAL *c, Size c_down, int adds)
-{
-    for (; rows >= most; rows -= most, A.start += most * A.down, c += most * c_down)
-        some_rows(most, columns, inner, A, B, c, c_down, adds);
-    for (; rows >= 4; rows -= 4, A.start += 4 * A.down, c += 4 * c_down)
-        some_rows(4, columns, inner, A, B, c, c_down, adds);
-    for (; rows; rows--, A.start += A.down, c += c_down) some_rows(1, columns, inner, A, B, c, c_down, adds);
-}
-
-/* C = A B, or C += A B, for A of shape (rows, inner) and B of shape (inner, columns). */
-static void product(Size rows, Size columns, Size inner, Matrix A, Matrix B, REAL *c, Size c_down, int adds)
-{
-    const Size wide = columns / 16 * 16;
-    if (wide) strip(ROWS, rows, wide, inner, A, B, c, c_down, adds);
-    B.start += wide;
-    if (wide < columns) strip(8, rows, columns - wide, inner, A, B, c + wide, c_down, adds);
-}
+#include "_row_blocks.h"
 
 static inline REAL total(Wide v)
 {
@@ -169,11 +88,6 @@ static int begin(Chain *chain, Size factors, const Size *digits, const Size *wid
     return 0;
 }
 
-static inline void add(Size count, REAL weight, const REAL *restrict values, REAL *restrict to)
-{
-    for (Size j = 0; j < count; j++) to[j] += weight * values[j];
-}
-
 /* The first factor from which on a row differs from the last one; their number if it is the same. */
 static Size first_new(const Chain *chain, Size id)
 {
@@ -182,13 +96,14 @@ static Size first_new(const Chain *chain, Size id)
     return k;
 }
 
-/* The product for an id, of whose factors those before `from` are at hand. */
-static void make(Chain *chain, Size id, Size from)
+/* The products for an id, of whose factors those before `from` are at hand; the row itself, the last one, if `whole`. */
+static inline __attribute__((always_inline)) void make(Chain *chain, Size id, Size from, int whole)
 {
     for (Size k = from; k < chain->factors; k++) {
         Part *part = chain->part + k;
         part->beginning = id / part->later;
         part->at = part->beginning % part->digits * part->across;
+        if (k + 1 == chain->factors && !whole) return;
         const REAL *slice = part->values + part->at;
         if (!k) {
             for (Size j = 0; j < part->across; j++) part->made[j] = slice[j];
@@ -211,8 +126,9 @@ int rows(Size count, const Size *order, const Size *ids, const Size *places, con
     const REAL *row = chain.part[factors - 1].made;
     for (Size n = 0; n < count; n++) {
         const Size k = order[n], place = places ? places[k] : k;
+        ask_for_row(n, count, order, places, out, width);
         if (place < 0) continue;
-        make(&chain, ids[k], first_new(&chain, ids[k]));
+        make(&chain, ids[k], first_new(&chain, ids[k]), 1);
         REAL *to = out + place * width;
         if (places)
             add(width, weights ? weights[k] : 1, row, to);
@@ -269,11 +185,12 @@ int gradients_of_rows(Size count, const Size *order, const Size *ids, const Size
     int begun = 0;
     for (Size n = 0; n < count; n++) {
         const Size k = order[n], place = places ? places[k] : k;
+        ask_for_row(n, count, order, places, gradient, width);
         if (place < 0) continue;
         const Size from = first_new(&chain, ids[k]);
         if (begun)
             for (Size j = factors; j-- > from;) hand_on(&chain, chain.part + j);
-        make(&chain, ids[k], from);
+        make(&chain, ids[k], from, of_weights != NULL);
         begun = 1;
         const REAL *its = gradient + place * width;
         add(width, weights ? weights[k] : 1, its, last->of_made);

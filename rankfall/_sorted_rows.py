@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of a chain of factors in one pass over sorted ids, by compiled code: no call of torch for each step."""
+"""Rows in one pass over sorted ids, by compiled code: each from a chain, or of a table that is made block by block."""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from rankfall._chain import chain_rows
 from rankfall._compiled import is_unseen
 from rankfall._einsum import Plan
 from rankfall._machine import machine
-from rankfall._row_library import MOST_FACTORS, PASS_CALL, library
+from rankfall._row_library import PASS_CALL, library
 from rankfall._rows import Bags, Rows, may_look_at
 
 # Fitted to what passes take, with their gradients.
@@ -22,23 +22,27 @@ _DOWN, _SIDE_BY_SIDE = 8, 16  # The block that is made at once: of a smaller one
 JOINING = 2.5e-5  # Seconds that it takes to call what joins factors for a pass.
 _CACHED = 1 << 18  # Entries of a factor up to which it stays at hand.
 _SORTED = 60  # Numbers moved in the time that it takes to sort an id among others.
+_AHEAD = 2  # How much faster rows are moved that memory has been asked for beforehand.
+_BLOCK = 1 << 15  # Numbers that a block of a table has, if one head has no more.
+_SHORT = 2  # Numbers side by side that take twice as long to move as they would among many.
+_NEAR, _FAR = 8, 3  # How much faster a factor is read from the nearest caches, and from that beyond.
 
 
-def has_pass(factors: Sequence[Tensor]) -> bool:
-    """Whether compiled code can read rows of a chain of these factors, ids aside."""
+def has_compiled_rows(factors: Sequence[Tensor]) -> bool:
+    """Whether compiled code can read rows of factors like these, ids aside."""
     dtype = factors[0].dtype
-    return all(f.device.type == "cpu" and f.dtype == dtype for f in factors) and _is_compiled(len(factors), dtype)
+    return all(f.device.type == "cpu" and f.dtype == dtype for f in factors) and _is_compiled(dtype)
 
 
 def may_pass(factors: Sequence[Tensor], ids: Tensor) -> bool:
     """The same for these ids, now."""
     if not may_look_at(ids) or not is_unseen():
         return False
-    return all(type(f) in (Tensor, nn.Parameter) for f in factors) and has_pass(factors)
+    return all(type(f) in (Tensor, nn.Parameter) for f in factors) and has_compiled_rows(factors)
 
 
-def _is_compiled(factors: int, dtype: torch.dtype) -> bool:
-    return factors <= MOST_FACTORS and library(dtype) is not None
+def _is_compiled(dtype: torch.dtype) -> bool:
+    return all(library(dtype, in_blocks=blocks) is not None for blocks in (False, True))
 
 
 def pass_plan(modes: Sequence[Sequence[int]], ranks: Sequence[int], ids: int) -> Plan:
@@ -63,7 +67,26 @@ def pass_plan(modes: Sequence[Sequence[int]], ranks: Sequence[int], ids: int) ->
     found = machine()
     effort = torch.get_num_threads() * found.slowness_of_passes
     batched = round(effort * flops + calls * found.batched * PASS_CALL)
-    return Plan((), batched, elements + ids * (width + _SORTED), batched)
+    return Plan((), batched, elements + ids * (width + _SORTED) // _AHEAD, batched)
+
+
+def blocks_plan(head: Sequence[int], rank: int, tail: Sequence[int], ids: int) -> Plan:
+    """What it takes to make a table of two factors in blocks, only of heads that occur, and to move the rows of ids.
+
+    Args:
+        head: Digits and columns of the first factor.
+        rank: Of the bond between them.
+        tail: Digits and columns of the second factor.
+        ids: How many ids.
+    """
+    heads, last = min(ids, head[0]), tail[0] * tail[1]
+    effort = torch.get_num_threads() * machine().slowness_of_blocks
+    flops = round(effort * 2 * heads * head[1] * rank * last)
+    # All of the second factor is read for each block. Short pieces of a row take longer than a long one.
+    blocks = -(-heads // max(1, _BLOCK // (head[1] * last)))
+    read = blocks * rank * last // (_NEAR if rank * last <= _CACHED else _FAR)
+    moved = ids * (head[1] * (tail[1] + _SHORT) + _SORTED) // _AHEAD
+    return Plan((), flops, read + moved, flops)
 
 
 def _at_least(size: int, whole: int) -> float:
@@ -75,11 +98,12 @@ class SortedRows(Rows):
     """The row of each id, made when it is known where it goes.
 
     Attributes:
-        chain: What `chain_of` gives.
+        chain: What `chain_of` gives; of two factors, if the table is made in blocks.
         ids: The ids.
         width: Columns that are there; a chain may have a few more.
         gone: Ids whose row is zeros; None for none.
         after: None, as for `Rows`.
+        in_blocks: Whether the table is made block by block.
     """
 
     chain: tuple[Tensor, ...]
@@ -87,6 +111,7 @@ class SortedRows(Rows):
     width: int
     gone: Bool[Tensor, "*ids"] | None = None
     after: Tensor | None = None
+    in_blocks: bool = False
 
     def without(self, id: int) -> "SortedRows":
         """As for `Rows`."""
@@ -119,7 +144,8 @@ class SortedRows(Rows):
     def _read(self, places: Tensor | None, weights: Tensor | None, count: int) -> Tensor:
         ids = self.ids.flatten().long()
         weights = None if weights is None else weights.flatten().to(self.chain[0].dtype).contiguous()
-        found: Tensor = _Read.apply(ids, places, weights, count, *(f.contiguous() for f in self.chain))  # pyright: ignore
+        chain = [factor.contiguous() for factor in self.chain]
+        found: Tensor = _Read.apply(ids, places, weights, count, self.in_blocks, *chain)  # pyright: ignore
         return found if found.shape[1] == self.width else found[:, : self.width]
 
 
@@ -133,17 +159,18 @@ class _Read(torch.autograd.Function):
         places: Tensor | None,
         weights: Tensor | None,
         count: int,
+        in_blocks: bool,
         *chain: Tensor,
     ) -> Tensor:
         width = chain[0].shape[1]
         for factor in chain[1:]:
             width *= factor.shape[2]
         make, order = chain[0].new_empty if places is None else chain[0].new_zeros, ids.argsort()
-        out, compiled = make(count, width), library(chain[0].dtype)
+        out, compiled = make(count, width), library(chain[0].dtype, in_blocks=in_blocks)
         assert compiled is not None
         compiled.rows(chain, order, ids, places, weights, out)
         ctx.save_for_backward(order, ids, places, weights, *chain)
-        ctx.count = count
+        ctx.count, ctx.in_blocks = count, in_blocks
         return out
 
     @staticmethod
@@ -151,10 +178,10 @@ class _Read(torch.autograd.Function):
         order, ids, places, weights, *chain = ctx.saved_tensors
         if torch.is_grad_enabled():
             return _differentiable(ids, places, weights, ctx.count, chain, gradient)
-        compiled = library(gradient.dtype)
+        compiled = library(gradient.dtype, in_blocks=ctx.in_blocks)
         assert compiled is not None
         of_chain, of_weights = compiled.gradients(chain, order, ids, places, weights, gradient.contiguous())
-        return None, None, of_weights, None, *of_chain
+        return None, None, of_weights, None, None, *of_chain
 
 
 def _differentiable(
@@ -171,4 +198,4 @@ def _differentiable(
     wanted = [t for t in inputs if t.requires_grad]
     found = iter(torch.autograd.grad(rows, wanted, gradient, create_graph=True))
     of_inputs = [next(found) if t.requires_grad else None for t in inputs]
-    return None, None, *(of_inputs[len(chain) :] or [None]), None, *of_inputs[: len(chain)]
+    return None, None, *(of_inputs[len(chain) :] or [None]), None, None, *of_inputs[: len(chain)]

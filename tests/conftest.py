@@ -16,6 +16,7 @@ torch.set_num_threads(1)
 # Compiled beforehand, and kept for the next time: tests have deadlines.
 for _dtype in (torch.float32, torch.float64):
     library(_dtype)
+    library(_dtype, in_blocks=True)
 _joint_draw.library()
 
 # Plans rest on how fast a machine is; tests reckon with the usual figures, and leave the user's cache alone.

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is written in C: where it is compiled, kept and left out."""
 
+import shutil
 import stat
 import subprocess
 
@@ -14,7 +15,10 @@ from rankfall._row_library import library
 pytestmark = pytest.mark.skipif(library(torch.float64) is None, reason="no C compiler")
 
 
-SOURCES = [("_sorted_rows.c", ("-DREAL=float",)), ("_sorted_rows.c", ("-DREAL=double",)), ("_joint_draw.c", ())]
+SOURCES = [
+    *((name, (f"-DREAL={real}",)) for name in ("_sorted_rows.c", "_block_rows.c") for real in ("float", "double")),
+    ("_joint_draw.c", ()),
+]
 
 
 @pytest.mark.parametrize(("name", "flags"), SOURCES)
@@ -47,11 +51,12 @@ def test_it_is_compiled_once_and_kept(anew, tmp_path):
         assert library(torch.float32) is not None
         assert library(torch.float64) is not None
         assert library(torch.bfloat16) is None
+        assert library(torch.float32, in_blocks=True) is not None
         assert _joint_draw.library() is not None
         forget()
-    assert len(anew) == 3
+    assert len(anew) == 4
     names = sorted(path.name for path in (tmp_path / "cache" / "rankfall").iterdir())
-    assert [name.rpartition("-")[0] for name in names] == ["joint_draw", "sorted_rows", "sorted_rows"]
+    assert [name.rpartition("-")[0] for name in names] == ["block_rows", "joint_draw", "sorted_rows", "sorted_rows"]
 
 
 def test_another_source_or_processor_is_compiled_anew(anew, monkeypatch, tmp_path):
@@ -60,11 +65,13 @@ def test_another_source_or_processor_is_compiled_anew(anew, monkeypatch, tmp_pat
     monkeypatch.setattr(_compiled, "_processor", lambda: "another")
     library(torch.float32)
     library.cache_clear()
-    name = "_sorted_rows.c"
-    (tmp_path / name).write_text((_compiled._FOLDER / name).read_text() + "\n")
-    monkeypatch.setattr(_compiled, "_FOLDER", tmp_path)
-    library(torch.float32)
-    assert len(anew) == 3
+    monkeypatch.setattr(_compiled, "_FOLDER", shutil.copytree(_compiled._FOLDER, tmp_path / "copy"))
+    for changed in ("_sorted_rows.c", "_row_blocks.h"):
+        with (_compiled._FOLDER / changed).open("a") as file:
+            file.write("\n")
+        library.cache_clear()
+        library(torch.float32)
+    assert len(anew) == 4
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(anew, monkeypatch, tmp_path):

@@ -15,7 +15,7 @@ from rankfall._einsum import shapes_of
 from rankfall._machine import USUAL, Machine, cache_path, calibrate, machine, use
 from rankfall._matmul import linear_way
 from rankfall._row_library import library
-from rankfall._sorted_rows import pass_plan
+from rankfall._sorted_rows import blocks_plan, pass_plan
 from rankfall.cli import main
 
 OTHER = Machine(flops=100e9, elements=5e9)
@@ -40,7 +40,7 @@ def test_without_figures_the_usual_ones_hold():
 def test_calibration_is_kept_and_not_repeated(monkeypatch):
     found = calibrate()
     assert json.loads(cache_path().read_text())["flops"] == found.flops
-    for name in ("flops", "elements", "call", "convolved", "batched", "passed"):
+    for name in ("flops", "elements", "call", "convolved", "batched", "passed", "blocked"):
         assert 1 / 8 <= getattr(found, name) / getattr(USUAL, name) <= 8
     monkeypatch.setattr(_machine, "_measured", lambda: OTHER)
     assert calibrate() == found
@@ -92,8 +92,9 @@ def test_figures_that_are_not_of_this_machine_or_make_no_sense(change):
 def test_what_was_measured_beside_other_work_is_bounded(monkeypatch):
     monkeypatch.setattr(_machine, "_seconds", lambda work: 1.0)
     slow = Machine(USUAL.flops / 8, USUAL.elements / 8, USUAL.call * 8, USUAL.convolved / 8, USUAL.batched / 8)
-    assert _machine._measured() == replace(slow, passed=USUAL.passed / (8 if library(torch.float32) else 1))
-    monkeypatch.setattr(_machine, "library", lambda dtype: None)
+    by = 8 if library(torch.float32) else 1
+    assert _machine._measured() == replace(slow, passed=USUAL.passed / by, blocked=USUAL.blocked / by)
+    monkeypatch.setattr(_machine, "library", lambda dtype, **_: None)
     assert _machine._measured() == slow
 
 
@@ -104,6 +105,11 @@ def test_plans_follow_the_speed_of_compiled_code():
         use(replace(USUAL, passed=passed))
         found.append(pass_plan(modes, ranks, 2048).flops)
     assert 3 < found[1] / found[0] < 4
+    found = []
+    for blocked in (USUAL.blocked, USUAL.blocked / 4):
+        use(replace(USUAL, blocked=blocked))
+        found.append(blocks_plan((100, 4), 16, (250, 8), 2048).flops)
+    assert found[1] == pytest.approx(4 * found[0], rel=1e-3)
 
 
 def test_plans_follow_the_figures():

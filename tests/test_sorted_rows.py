@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of TT-matrices in one pass of compiled code, against rows of the dense table."""
+"""Rows of chains in one pass of compiled code, against rows of the dense table."""
 
 import copy
+import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +18,8 @@ import rankfall as rf
 from laws import make, naive_dense
 from rankfall import _lookup, _sorted_rows
 from rankfall._chain import chain_rows, is_chain
+from rankfall._einsum import shapes_of
+from rankfall._machine import Machine, use
 from rankfall._row_library import library
 from rankfall._rows import Bags
 from rankfall._sorted_rows import SortedRows, may_pass
@@ -23,20 +27,27 @@ from table_rows import check_rows, gradients_match, layer_around
 
 pytestmark = pytest.mark.skipif(library(torch.float64) is None, reason="no C compiler")
 
-PASS = _lookup.Reading(False, None, 0, 0, compiled=True)
+BY_TORCH = _lookup.Reading(False, None, 0, 0)
 
 
 @pytest.fixture
-def passes(monkeypatch):
-    """Rows are read in one pass wherever that can be; the ids of each."""
-    monkeypatch.setattr(_lookup, "reading", lambda *sizes: PASS if sizes[-1] else _by_torch(*sizes))
+def made(monkeypatch):
+    """The ids of each pass."""
     made, apply = [], _sorted_rows._Read.apply
     monkeypatch.setattr(_sorted_rows._Read, "apply", lambda *a: made.append(a[0]) or apply(*a))
     return made
 
 
-def _by_torch(*sizes):
-    return _lookup.Reading(False, None, 0, 0)
+@pytest.fixture(params=[False, True], ids=["rows", "blocks"])
+def passes(request, made, monkeypatch):
+    """Rows are read in one pass of one kind wherever that can be; the ids of each."""
+
+    def reading(layout, shapes, ids, outputs, compiled=False):
+        ways = _lookup.readings(layout, shapes, ids, outputs, compiled)
+        return next((w for w in ways if w.compiled and w.forms_table == request.param), BY_TORCH)
+
+    monkeypatch.setattr(_lookup, "reading", reading)
+    return made
 
 
 @st.composite
@@ -46,16 +57,20 @@ def chains(draw):
     sides = st.integers(1, 5)
     digits, widths = ([draw(sides) for _ in range(count)] for _ in range(2))
     widths[0] = draw(st.sampled_from([1, 3, 4, 9, 17]))
-    ranks = [1, *(draw(st.sampled_from([0, 1, 2, 3, 5, 17, 20])) for _ in range(count - 1)), 1]
-    shapes = [[ranks[k], digits[k], widths[k], ranks[k + 1]] for k in range(count)]
-    shapes[0], shapes[-1] = shapes[0][1:], shapes[-1][:-1]
-    if count == 1:
-        shapes = [[digits[0], widths[0]]]
+    ranks = [draw(st.sampled_from([0, 1, 2, 3, 5, 17, 20])) for _ in range(count - 1)]
     dtype = draw(st.sampled_from([torch.float32, torch.float64]))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    return chain_and_ids(digits, widths, ranks, draw(st.integers(0, 40)), dtype, draw(st.integers(0, 99)))
+
+
+def chain_and_ids(digits, widths, ranks, count, dtype=torch.float64, seed=0):
+    bonds = [1, *ranks, 1]
+    shapes = [[bonds[k], digits[k], widths[k], bonds[k + 1]] for k in range(len(digits))]
+    shapes[0], shapes[-1] = shapes[0][1:], shapes[-1][:-1]
+    if len(digits) == 1:
+        shapes = [[digits[0], widths[0]]]
+    generator = torch.Generator().manual_seed(seed)
     chain = [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
-    ids = torch.randint(torch.tensor(digits).prod().item(), (draw(st.integers(0, 40)),), generator=generator)
-    return chain, ids
+    return chain, torch.randint(math.prod(digits), (count,), generator=generator)
 
 
 def agree(found, wanted, leaves):
@@ -75,17 +90,24 @@ def agree(found, wanted, leaves):
         torch.testing.assert_close(ours / size, theirs / size, rtol=0, atol=tolerance)
 
 
-@settings(deadline=None)  # The first rows may wait for a compiler.
+@settings(deadline=None)
 @given(of=chains(), weighted=st.booleans(), seed=st.integers(0, 99))
 def test_rows_and_sums_are_those_of_the_chain(of, weighted, seed):
     chain, ids = of
+    check_rows_and_sums(chain, ids, weighted, seed, in_blocks=False)
+    if len(chain) == 2:
+        check_rows_and_sums(chain, ids, weighted, seed, in_blocks=True)
+
+
+def check_rows_and_sums(chain, ids, weighted, seed, in_blocks):
     width = chain_rows(chain, torch.zeros(1, dtype=torch.int64)).shape[1]
-    agree(SortedRows(tuple(chain), ids, width).taken(), chain_rows(chain, ids), chain)
+    rows = SortedRows(tuple(chain), ids, width, in_blocks=in_blocks)
+    agree(rows.taken(), chain_rows(chain, ids), chain)
     generator = torch.Generator().manual_seed(seed)
     offsets = torch.cat([torch.zeros(1), torch.randint(len(ids) + 1, (5,), generator=generator).sort().values]).long()
     weights = torch.randn(len(ids), generator=generator, dtype=chain[0].dtype).requires_grad_() if weighted else None
     out = (ids % 3 == 0) if seed % 2 else None
-    rows = SortedRows(tuple(chain), ids, width).with_zeros(out)
+    rows = rows.with_zeros(out)
     for with_last in (False, True):
         wanted = chain_rows(chain, ids) if out is None else chain_rows(chain, ids).masked_fill(out.unsqueeze(1), 0)
         wanted = wanted if weights is None else wanted * weights.unsqueeze(1)
@@ -94,6 +116,23 @@ def test_rows_and_sums_are_those_of_the_chain(of, weighted, seed):
         there = places >= 0
         sums = wanted.new_zeros(count, width).index_add(0, places[there], wanted[there])
         agree(rows.reduced(bags), sums, [*chain, *([weights] if weighted else [])])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(
+    ("digits", "widths", "rank", "ids"),
+    [
+        ((700, 1), (1, 100), 20, 2000),  # Several blocks.
+        ((40, 30), (4, 9), 7, 300),  # Several, and a head's rows are not all wanted.
+        ((5, 400), (3, 31), 4, 90),  # A head is more than a block.
+        ((30, 2), (8, 5), 300, 50),  # More slices than are gone through at once.
+        ((9, 40), (2, 8), 3, 0),
+    ],
+)
+def test_blocks(digits, widths, rank, ids, weighted, dtype):
+    chain, ids = chain_and_ids(digits, widths, (rank,), ids, dtype)
+    check_rows_and_sums(chain, ids, weighted, 1, in_blocks=True)
 
 
 @pytest.mark.parametrize("format", [rf.TTM(4), rf.TT(4)], ids=["TTM", "TT"])
@@ -111,12 +150,12 @@ def test_a_layer_reads_the_rows_of_its_table(format, shape, passes, posterior):
 
 
 @pytest.mark.parametrize("joined", [(1, 1), (1, 2)], ids=str)
-def test_factors_without_rows_or_columns_of_their_own(joined, passes, monkeypatch):
-    monkeypatch.setattr(_lookup, "reading", lambda *_: _lookup.Reading(False, None, 0, 0, joined, compiled=True))
+def test_factors_without_rows_or_columns_of_their_own(joined, made, monkeypatch):
+    monkeypatch.setattr(_lookup, "reading", lambda *_: replace(BY_TORCH, joined=joined, compiled=True))
     check_rows(make(rf.TTM(3, out_modes=(24, 1, 1), in_modes=(1, 2, 4)), (24, 8)), torch.randint(24, (9,)))
     check_rows(make(rf.TTM(3, out_modes=(4, 1, 6), in_modes=(1, 8, 1)), (24, 8)), torch.randint(24, (9,)))
     check_rows(make(rf.TT(3, out_modes=(2, 3, 4), in_modes=(8,)), (24, 8)), torch.randint(24, (9,)))
-    assert len(passes) == 6
+    assert len(made) == 6
 
 
 def test_which_layouts_are_chains():
@@ -223,7 +262,6 @@ def test_what_is_not_plain_is_left_to_torch():
     assert not may_pass([f.half() for f in factors], ids)
     assert not may_pass([factors[0], factors[1].double()], ids)
     assert not may_pass([nn.Buffer(factors[0]).as_subclass(_Other), factors[1]], ids)
-    assert not may_pass(factors * 9, ids)
     assert may_pass(factors, ids)
 
 
@@ -241,22 +279,65 @@ def test_a_plan_says_that_it_is_one_pass():
 
 
 def test_only_last_factors_are_joined_for_a_pass():
-    layout = rf.TTM(8, out_modes=(5, 5, 5, 5, 5, 8), in_modes=(2, 2, 2, 2, 4, 4)).layout((25_000, 256))
-    shapes = layout.factor_shapes({f"r{k}": 8 for k in range(1, 6)})
-    ways = [way for way in _lookup.readings(layout, shapes, 51_200, 51_200, True) if way.compiled]
+    layout, shapes = words(rf.TTM(8, **MODES), 8)
+    ways = [w for w in _lookup.readings(layout, shapes, 51_200, 51_200, True) if w.compiled and not w.forms_table]
     assert {way.joined[0] for way in ways} == {1}
     assert {way.joined[1] for way in ways} >= {1, 2, 3}
-    chosen = _lookup.reading(layout, shapes, 51_200, 51_200, True)
-    assert chosen.compiled
-    assert chosen.described() == "the distinct rows in one pass of joined factors"
+    assert ways[1].described() == "the distinct rows in one pass of joined factors"
+    layout, shapes = words(rf.TTM(2, out_modes=(2,) * 18, in_modes=(2,) * 18), 2)
+    ways = [w for w in _lookup.readings(layout, shapes, 51_200, 51_200, True) if w.compiled and not w.forms_table]
+    assert min(way.joined[1] for way in ways) == 3  # No more factors than it has room for.
+
+
+MODES = {"out_modes": (5, 5, 5, 5, 5, 8), "in_modes": (2, 2, 2, 2, 4, 4)}
+
+
+def words(format, rank):
+    layout = format.layout((math.prod(format.out_modes), math.prod(format.in_modes)))
+    return layout, layout.factor_shapes(dict.fromkeys(layout.bonds, rank))
+
+
+@pytest.mark.parametrize("format", [rf.TTM(20, **MODES), rf.TT(20, **MODES), rf.CP(100, **MODES)], ids=str)
+@pytest.mark.usefixtures("narrow")
+def test_a_table_of_many_words_is_made_in_blocks(format):
+    layout, shapes = words(format, format.max_rank)
+    assert _lookup.reading(layout, shapes, 51_200, 51_200, True).described() == "a table of all rows in blocks"
+    assert not _lookup.reading(layout, shapes, 51_200, 51_200, False).compiled
+
+
+@pytest.fixture
+def narrow():
+    """The figures of a processor without AVX-512."""
+    use(Machine(97e9, 2.1e9, 1.4e-7, 86e9, 97e9, 43e9, 84e9))
+    yield
+    use(None)
+
+
+def test_the_cut_of_a_table_in_blocks_leaves_a_small_second_factor():
+    costs = [_sorted_rows.blocks_plan((25_000 // n, 256 // m), 20, (n, m), 51_200).cost for n, m in CUTS]
+    assert min(costs) == costs[1]
+
+
+CUTS = (8, 4), (40, 16), (1000, 64)  # Short pieces of rows; in between; more than a cache holds.
 
 
 @pytest.mark.parametrize("joined", [(1, 2), (1, 3)], ids=str)
-def test_a_pass_over_joined_factors(joined, passes, monkeypatch):
-    monkeypatch.setattr(_lookup, "reading", lambda *_: _lookup.Reading(False, None, 0, 0, joined, compiled=True))
+def test_a_pass_over_joined_factors(joined, made, monkeypatch):
+    monkeypatch.setattr(_lookup, "reading", lambda *_: replace(BY_TORCH, joined=joined, compiled=True))
     t = make(rf.TTM(3, out_modes=(3, 2, 4, 5), in_modes=(2, 1, 2, 3)), (113, 11))
     check_rows(t, torch.randint(113, (50,)))
-    assert len(passes) == 2
+    assert len(made) == 2
+
+
+@pytest.mark.parametrize("shape", [(24, 8), (113, 11)], ids=str)
+def test_a_table_of_every_format_in_blocks(kind, shape, made, monkeypatch):
+    t = make(kind(3), shape)
+    for way in _lookup.readings(t.layout, shapes_of(t.factors), 40, 40, True):
+        if way.compiled and way.forms_table:
+            monkeypatch.setattr(_lookup, "reading", lambda *_, way=way: way)
+            check_rows(t, torch.randint(shape[0], (40,)))
+            assert way.described() == "a table of all rows in blocks"
+    assert made
 
 
 def test_a_pass_over_what_no_cache_holds_is_dearer():

@@ -8,14 +8,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from rankfall._chain import is_chain
 from rankfall._einsum import cost_of, shapes_of
 from rankfall._formats import Format
 from rankfall._lookup import read, reading_of_ids
 from rankfall._posteriors import Posterior
 from rankfall._priors import Prior
 from rankfall._rows import Bags
-from rankfall._sorted_rows import has_pass
+from rankfall._sorted_rows import has_compiled_rows
 from rankfall._tensor import LowRankTensor
 from rankfall.nn._ids import check_ids, check_offsets, check_weights, left
 from rankfall.nn._planned import Expected, Planned, counted
@@ -45,8 +44,7 @@ class _Table(Planned):
         """What a forward pass of so many ids, and of so many rows or bags, does at the current ranks, and its time."""
         (ids, outputs), layout = sizes, self.weight.layout
         factors = list(self.weight.factors)
-        compiled = is_chain(layout) and has_pass(factors)
-        way = reading_of_ids(layout, shapes_of(factors), ids, outputs, compiled)
+        way = reading_of_ids(layout, shapes_of(factors), ids, outputs, has_compiled_rows(factors))
         batch = counted(ids, "id") + f" in {counted(outputs, 'bag')}" * (outputs != ids)
         return Expected(f"{batch} by", way.described(), way.cost, cost_of(0, 2 * ids * layout.shape[1]))
 

@@ -1,0 +1,134 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Products of small matrices by blocks that are held in registers, for the functions that read rows of tables. REAL is
+ * float or double.
+ */
+#pragma once
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifndef REAL
+#define REAL float
+#endif
+
+typedef int64_t Size;
+/* How many numbers stand side by side in a register, if they are float; how many rows of 16 there is room for, with what
+ * they are made of; and how many rows of B they are made of before the next 16 columns are begun, which keeps those rows
+ * in the nearest cache. */
+#ifdef __AVX512F__
+enum { WIDE = 16, ROWS = 8, DEEP = 256 };
+#else
+enum { WIDE = 8, ROWS = 6, DEEP = 256 };
+#endif
+/* Numbers that stand side by side, at any address. */
+typedef REAL Wide __attribute__((vector_size(WIDE * sizeof(REAL)), aligned(sizeof(REAL)), may_alias));
+typedef REAL By8 __attribute__((vector_size(8 * sizeof(REAL)), aligned(sizeof(REAL)), may_alias));
+typedef REAL By4 __attribute__((vector_size(4 * sizeof(REAL)), aligned(sizeof(REAL)), may_alias));
+typedef REAL By1;
+
+/* A matrix whose element (i, j) stands at start[i * down + j * across]. */
+typedef struct {
+    const REAL *start;
+    Size down, across;
+} Matrix;
+
+/* Some rows and columns of C = A B, or of C += A B, held in registers; the columns of B and C stand side by side. Each
+ * row has `across` of them. */
+#define BLOCK(NAME, V)                                                                                      \
+    static inline __attribute__((always_inline)) void NAME(                                                 \
+        const int rows, const int across, Size inner, const REAL *a, Matrix A, const REAL *b, Size down,    \
+        REAL *c, Size c_down, int adds)                                                                     \
+    {                                                                                                       \
+        enum { LANES = sizeof(V) / sizeof(REAL) };                                                          \
+        V sum[12];                                                                                          \
+        _Pragma("GCC unroll 12") for (int i = 0; i < rows * across; i++)                                     \
+            sum[i] = adds ? *(const V *)(c + i / across * c_down + i % across * LANES) : (V){0};            \
+        for (Size k = 0; k < inner; k++, a += A.across, b += down) {                                        \
+            V side[2];                                                                                      \
+            _Pragma("GCC unroll 2") for (int n = 0; n < across; n++) side[n] = *(const V *)(b + n * LANES); \
+            _Pragma("GCC unroll 12") for (int i = 0; i < rows * across; i++)                                 \
+                sum[i] += a[i / across * A.down] * side[i % across];                                        \
+        }                                                                                                   \
+        _Pragma("GCC unroll 12") for (int i = 0; i < rows * across; i++)                                     \
+            *(V *)(c + i / across * c_down + i % across * LANES) = sum[i];                                  \
+    }
+
+BLOCK(wide_block, Wide)
+BLOCK(block8, By8)
+BLOCK(block4, By4)
+BLOCK(block1, By1)
+
+static inline __attribute__((always_inline)) void some_rows(
+    const int rows, const int columns, Size inner, Matrix A, Matrix B, REAL *c, Size c_down, int adds)
+{
+    if (columns == 16) {
+        wide_block(rows, 16 / WIDE, inner, A.start, A, B.start, B.down, c, c_down, adds);
+        return;
+    }
+    int j = 0;
+    for (; j + 8 <= columns; j += 8) block8(rows, 1, inner, A.start, A, B.start + j, B.down, c + j, c_down, adds);
+    for (; j + 4 <= columns; j += 4) block4(rows, 1, inner, A.start, A, B.start + j, B.down, c + j, c_down, adds);
+    for (; j < columns; j++) block1(rows, 1, inner, A.start, A, B.start + j, B.down, c + j, c_down, adds);
+}
+
+/* At most 16 columns; of rows `most` at once, but 8 as 4 and 4. */
+static inline __attribute__((always_inline)) void strip(
+    const int most, Size rows, const int columns, Size inner, Matrix A, Matrix B, REAL *c, Size c_down, int adds)
+{
+    for (; rows >= most && (most != 6 || rows != 8); rows -= most, A.start += most * A.down, c += most * c_down)
+        some_rows(most, columns, inner, A, B, c, c_down, adds);
+    for (; rows >= 4; rows -= 4, A.start += 4 * A.down, c += 4 * c_down)
+        some_rows(4, columns, inner, A, B, c, c_down, adds);
+    for (; rows >= 2; rows -= 2, A.start += 2 * A.down, c += 2 * c_down)
+        some_rows(2, columns, inner, A, B, c, c_down, adds);
+    if (rows) some_rows(1, columns, inner, A, B, c, c_down, adds);
+}
+
+/* C = A B, or C += A B, for A of shape (rows, inner) and B of shape (inner, columns). */
+static void product(Size rows, Size columns, Size inner, Matrix A, Matrix B, REAL *c, Size c_down, int adds)
+{
+    for (Size k = 0; k < inner || !k; k += DEEP, adds = 1) {
+        const Size deep = inner - k < DEEP ? inner - k : DEEP;
+        const Matrix a = {A.start + k * A.across, A.down, A.across};
+        for (Size j = 0; j < columns; j += 16) {
+            const Matrix b = {B.start + k * B.down + j, B.down, 1};
+            if (columns - j >= 16)
+                strip(ROWS, rows, 16, deep, a, b, c + j, c_down, adds);
+            else
+                strip(8, rows, (int)(columns - j), deep, a, b, c + j, c_down, adds);
+        }
+    }
+}
+
+#define MOVE(V) *(V *)to = *(const V *)values, values += sizeof(V) / sizeof(REAL), to += sizeof(V) / sizeof(REAL)
+
+/* Pieces are short, and a call of memcpy, which compilers make of a plain loop, takes longer. */
+static inline __attribute__((always_inline)) void copy(Size count, const REAL *values, REAL *to)
+{
+    for (Size left = count / 16; left; left--) MOVE(By8), MOVE(By8);
+    if (count & 8) MOVE(By8);
+    if (count & 4) MOVE(By4);
+    for (Size left = count & 3; left; left--) MOVE(By1);
+}
+
+static inline __attribute__((always_inline)) void add(Size count, REAL weight, const REAL *restrict values, REAL *restrict to)
+{
+    Size j = 0;
+    for (; j + WIDE <= count; j += WIDE) *(Wide *)(to + j) += weight * *(const Wide *)(values + j);
+    for (; j + 4 <= count; j += 4) *(By4 *)(to + j) += weight * *(const By4 *)(values + j);
+    for (; j < count; j++) to[j] += weight * values[j];
+}
+
+/* Rows may stand anywhere in memory, which is asked for those that are wanted soon. Compilers leave out calls of such
+ * functions, which change nothing, unless they are inlined before that is found out. */
+enum { AHEAD = 2 };
+
+static inline __attribute__((always_inline)) void ask_for_row(
+    Size n, Size end, const Size *order, const Size *places, const REAL *table, Size width)
+{
+    if (n + AHEAD >= end) return;
+    const Size k = order[n + AHEAD], place = places ? places[k] : k;
+    if (place < 0) return;
+    for (Size j = 0; j < width; j += 64 / sizeof(REAL)) __builtin_prefetch(table + place * width + j);
+}
