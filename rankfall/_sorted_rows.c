@@ -52,6 +52,7 @@ typedef struct {
     Size at;        /* Where the slice of the row begins in values. */
     const REAL *values;
     REAL *gradient;
+    REAL *turned;  /* All slices transposed, if they are taken so often that this pays. */
     REAL *made;    /* The product, (before, across), */
     REAL *of_made; /* and its gradient. */
 } Part;
@@ -86,6 +87,28 @@ static int begin(Chain *chain, Size factors, const Size *digits, const Size *wid
     }
     chain->turned = next;
     return 0;
+}
+
+enum { OFTEN = 8 }; /* Times that each slice is taken. */
+
+/* Returns 1 if there is no memory, else 0. */
+static int turn(Chain *chain, Size count)
+{
+    for (Part *part = chain->part + 1; part < chain->part + chain->factors; part++) {
+        const Size slices = part->digits * part->across;
+        if (count < OFTEN * part->digits) continue;
+        part->turned = malloc(sizeof(REAL) * (slices * part->rank + 1));
+        if (!part->turned) return 1;
+        for (Size j = 0; j < slices; j++)
+            for (Size i = 0; i < part->rank; i++) part->turned[j * part->rank + i] = part->values[i * slices + j];
+    }
+    return 0;
+}
+
+static void end(Chain *chain)
+{
+    for (Part *part = chain->part; part < chain->part + chain->factors; part++) free(part->turned);
+    free(chain->memory);
 }
 
 /* The first factor from which on a row differs from the last one; their number if it is the same. */
@@ -157,7 +180,10 @@ static void hand_on(Chain *chain, Part *part)
             const Matrix left = {part[-1].made, 1, part->rank};
             product(part->rank, across, part->before, left, of_made, of_slice, down, 1);
         }
-        if (across >= 8 * part->before) {
+        if (part->turned) {
+            const Matrix slice = {part->turned + part->at * part->rank, part->rank, 1};
+            product(part->before, part->rank, across, of_made, slice, part[-1].of_made, part->rank, 1);
+        } else if (across >= 8 * part->before) {
             const Matrix slice = {part->values + part->at, down, 1};
             product_of_rows(part->before, part->rank, across, of_made, slice, part[-1].of_made, part->rank);
         } else {
@@ -178,6 +204,10 @@ int gradients_of_rows(Size count, const Size *order, const Size *ids, const Size
 {
     Chain chain;
     if (begin(&chain, factors, digits, widths, ranks, values, gradients)) return 1;
+    if (turn(&chain, count)) {
+        end(&chain);
+        return 1;
+    }
     const Size width = chain.width;
     Part *last = chain.part + factors - 1;
     for (Part *part = chain.part; part <= last; part++)
@@ -201,6 +231,6 @@ int gradients_of_rows(Size count, const Size *order, const Size *ids, const Size
     }
     if (begun)
         for (Size j = factors; j--;) hand_on(&chain, chain.part + j);
-    free(chain.memory);
+    end(&chain);
     return 0;
 }
