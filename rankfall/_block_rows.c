@@ -4,8 +4,8 @@
  * wanted of a block is taken while it is in the cache. No more than a block of it, or of its gradient, is ever there.
  *
  * Factors stand as they do in _sorted_rows.c, L of shape (heads, before, rank) and R of shape (rank, tails, after), and
- * row head * tails + tail is L[head] R[:, tail], of before * after numbers. Sorted rows have neighbours of the same head.
- * A block is L of some heads times all of R.
+ * row head * tails + tail is L[head] R[:, tail], of before * after numbers. Neighbours among sorted rows have the same
+ * head. A block is L of some heads times all of R.
  */
 #include "_row_blocks.h"
 

@@ -13,9 +13,9 @@
 #endif
 
 typedef int64_t Size;
-/* How many numbers stand side by side in a register, if they are float; how many rows of 16 there is room for, with what
- * they are made of; and how many rows of B they are made of before the next 16 columns are begun, which keeps those rows
- * in the nearest cache. */
+/* How many numbers stand side by side in a register, if they are float; how many rows of 16 there is room for, beside
+ * what they are made of; and from how many rows of B they are made before the next 16 columns are begun, so that those
+ * rows stay in the nearest cache. */
 #ifdef __AVX512F__
 enum { WIDE = 16, ROWS = 8, DEEP = 256 };
 #else
@@ -42,15 +42,15 @@ typedef struct {
     {                                                                                                       \
         enum { LANES = sizeof(V) / sizeof(REAL) };                                                          \
         V sum[12];                                                                                          \
-        _Pragma("GCC unroll 12") for (int i = 0; i < rows * across; i++)                                     \
+        _Pragma("GCC unroll 12") for (int i = 0; i < rows * across; i++)                                    \
             sum[i] = adds ? *(const V *)(c + i / across * c_down + i % across * LANES) : (V){0};            \
         for (Size k = 0; k < inner; k++, a += A.across, b += down) {                                        \
             V side[2];                                                                                      \
             _Pragma("GCC unroll 2") for (int n = 0; n < across; n++) side[n] = *(const V *)(b + n * LANES); \
-            _Pragma("GCC unroll 12") for (int i = 0; i < rows * across; i++)                                 \
+            _Pragma("GCC unroll 12") for (int i = 0; i < rows * across; i++)                                \
                 sum[i] += a[i / across * A.down] * side[i % across];                                        \
         }                                                                                                   \
-        _Pragma("GCC unroll 12") for (int i = 0; i < rows * across; i++)                                     \
+        _Pragma("GCC unroll 12") for (int i = 0; i < rows * across; i++)                                    \
             *(V *)(c + i / across * c_down + i % across * LANES) = sum[i];                                  \
     }
 
@@ -112,7 +112,8 @@ static inline __attribute__((always_inline)) void copy(Size count, const REAL *v
     for (Size left = count & 3; left; left--) MOVE(By1);
 }
 
-static inline __attribute__((always_inline)) void add(Size count, REAL weight, const REAL *restrict values, REAL *restrict to)
+static inline __attribute__((always_inline)) void add(
+    Size count, REAL weight, const REAL *restrict values, REAL *restrict to)
 {
     Size j = 0;
     for (; j + WIDE <= count; j += WIDE) *(Wide *)(to + j) += weight * *(const Wide *)(values + j);
