@@ -207,6 +207,21 @@ def test_texts_of_similar_length_come_together():
     assert torch.cat([labels for _, labels in data.test_batches(300)]).sort()[0].tolist() == list(range(1000))
 
 
+@pytest.mark.parametrize(
+    ("rows", "size", "lengths"),
+    [(9, 4, [4, 5]), (5, 4, [5]), (10, 4, [4, 4, 2]), (8, 4, [4, 4]), (1, 4, [1]), (3, 1, [1, 1, 1])],
+)
+def test_no_row_is_a_batch_alone(rows, size, lengths):
+    """Batch normalisation refuses one: a single row has no variance."""
+    values = torch.arange(rows)
+    data = Data((values.float().unsqueeze(1), values), (values.float().unsqueeze(1), values))
+    for batches in (data.batches(size), data.test_batches(size)):
+        found = [labels.tolist() for _, labels in batches]
+        assert [len(batch) for batch in found] == lengths
+        assert len(batches) == len(lengths)
+        assert sorted(k for batch in found for k in batch) == list(range(rows))
+
+
 def test_equal_seeds_give_equal_batches():
     data = texts_of([3, 1, 2] * 50)
     orders = []

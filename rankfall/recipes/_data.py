@@ -4,6 +4,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -100,7 +101,7 @@ class Data:
         sampler = (
             _OfSimilarLength(order, size, gathered.lengths, size * _BATCHES_SORTED if shuffled else len(gathered))
             if self.texts
-            else BatchSampler(order, size, drop_last=False)
+            else _NoneAlone(order, size, drop_last=False)
         )
         return DataLoader(gathered, sampler=sampler, batch_size=None)
 
@@ -128,6 +129,25 @@ class _Gathered(Dataset[Rows]):
         if self.lengths:
             inputs = inputs[:, : max(1, *(self.lengths[k] for k in which))].long()
         return (inputs if self.augment is None else self.augment(inputs)), labels
+
+
+class _NoneAlone(BatchSampler):
+    """Batches of which none is a single row, which has no variance to be normalised by: it joins the batch before."""
+
+    def __len__(self) -> int:
+        return super().__len__() - self._joins
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batches = super().__iter__()
+        if self._joins:
+            yield from islice(batches, len(self) - 1)
+            batches = [[k for batch in batches for k in batch]]
+        yield from batches
+
+    @property
+    def _joins(self) -> bool:
+        rows = len(self.sampler)  # pyright: ignore[reportArgumentType]
+        return rows > self.batch_size > 1 and rows % self.batch_size == 1
 
 
 class _OfSimilarLength(Sampler[list[int]]):
