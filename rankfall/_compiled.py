@@ -73,7 +73,8 @@ def compiled(source: Source, use: Callable[[ctypes.CDLL], T], otherwise: str) ->
     if os.environ.get("RANKFALL_COMPILE") == "0" or compiler is None:
         return None
     try:
-        return use(_loaded(source, compiler))
+        with torch.autocast("cpu", enabled=False):  # What it is held against is not to be rounded.
+            return use(_loaded(source, compiler))
     except Exception as error:
         message = f"{source.name} cannot be compiled or does not run ({error}), so {otherwise}."
         warnings.warn(message, RuntimeWarning, stacklevel=3)

@@ -96,7 +96,6 @@ def _check(failed: int) -> None:
         raise MemoryError("no memory for the product of a table's factors.")
 
 
-@cache
 def library(dtype: torch.dtype, *, in_blocks: bool = False) -> Library | None:
     """The functions for numbers of a type; None for others than float32 and float64, and as `compiled` says.
 
@@ -104,6 +103,11 @@ def library(dtype: torch.dtype, *, in_blocks: bool = False) -> Library | None:
         dtype: The type.
         in_blocks: Whether those that make a table of two factors block by block, else those that make row by row.
     """
+    return _library(dtype, in_blocks)
+
+
+@cache
+def _library(dtype: torch.dtype, in_blocks: bool) -> Library | None:
     if dtype not in _REALS:
         return None
     name = "_block_rows.c" if in_blocks else "_sorted_rows.c"

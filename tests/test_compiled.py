@@ -42,7 +42,7 @@ def anew(monkeypatch, tmp_path):
 
 
 def forget():
-    library.cache_clear()
+    _row_library._library.cache_clear()
     _joint_draw.library.cache_clear()
 
 
@@ -61,15 +61,15 @@ def test_it_is_compiled_once_and_kept(anew, tmp_path):
 
 def test_another_source_or_processor_is_compiled_anew(anew, monkeypatch, tmp_path):
     library(torch.float32)
-    library.cache_clear()
+    _row_library._library.cache_clear()
     monkeypatch.setattr(_compiled, "_processor", lambda: "another")
     library(torch.float32)
-    library.cache_clear()
+    _row_library._library.cache_clear()
     monkeypatch.setattr(_compiled, "_FOLDER", shutil.copytree(_compiled._FOLDER, tmp_path / "copy"))
     for changed in ("_sorted_rows.c", "_row_blocks.h"):
         with (_compiled._FOLDER / changed).open("a") as file:
             file.write("\n")
-        library.cache_clear()
+        _row_library._library.cache_clear()
         library(torch.float32)
     assert len(anew) == 4
 
@@ -89,7 +89,7 @@ def test_without_a_compiler_torch_reads_rows(monkeypatch, tmp_path):
         with monkeypatch.context() as patch:
             patch.delenv("CC", raising=False)
             patch.setenv(name, value)
-            library.cache_clear()
+            _row_library._library.cache_clear()
             assert library(torch.float32) is None
             torch.testing.assert_close(table(torch.tensor([3, 29, 3])), with_it)
 
@@ -105,9 +105,22 @@ def test_a_compiler_that_fails_is_said_once(monkeypatch, tmp_path):
         assert library(torch.float32) is None
     assert library(torch.float32) is None
     script.write_text("#!/bin/sh\nexit 1\n")
-    library.cache_clear()
+    _row_library._library.cache_clear()
     with pytest.warns(RuntimeWarning, match=r"\(.*cc failed\)"):
         assert library(torch.float32) is None
+
+
+@pytest.mark.usefixtures("anew")
+def test_its_first_use_may_be_under_autocast():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert library(torch.float32) is not None
+        assert library(torch.float32, in_blocks=True) is not None
+        assert _joint_draw.library() is not None
+
+
+def test_nothing_is_tried_twice(anew):
+    assert library(torch.float32) is library(torch.float32, in_blocks=False)
+    assert len(anew) == 1
 
 
 @pytest.mark.usefixtures("anew")
