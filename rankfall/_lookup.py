@@ -310,7 +310,9 @@ def read(layout: Layout, factors: Sequence[Tensor], ids: Int[Tensor, "*ids"], ou
 def read_by(way: Reading, layout: Layout, factors: Sequence[Tensor], ids: Int[Tensor, "*ids"]) -> Rows:
     """The same in a given way."""
     if way.compiled:
-        return SortedRows(_chain_by(way, layout, factors), ids, layout.shape[1], in_blocks=way.forms_table)
+        with torch.autocast("cpu", enabled=False):  # Compiled code takes factors of one type.
+            chain = _chain_by(way, layout, factors)
+        return SortedRows(chain, ids, layout.shape[1], in_blocks=way.forms_table)
     after = first = None
     if way.pair is not None:
         first, after = matrices(layout, factors, way.pair, first=way.forms_table)

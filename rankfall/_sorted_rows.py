@@ -168,6 +168,7 @@ class _Read(torch.autograd.Function):
         make, order = chain[0].new_empty if places is None else chain[0].new_zeros, ids.argsort()
         out, compiled = make(count, width), library(chain[0].dtype, in_blocks=in_blocks)
         assert compiled is not None
+        assert len({factor.dtype for factor in chain}) == 1, "compiled code would read past the end of narrower ones"
         compiled.rows(chain, order, ids, places, weights, out)
         ctx.save_for_backward(order, ids, places, weights, *chain)
         ctx.count, ctx.in_blocks = count, in_blocks

@@ -158,6 +158,21 @@ def test_factors_without_rows_or_columns_of_their_own(joined, made, monkeypatch)
     assert len(made) == 6
 
 
+def test_autocast_leaves_factors_as_wide_as_they_are(kind, made, monkeypatch):
+    layer = rf.nn.Embedding(300, 12, format=kind(3), posterior=rf.Point())
+    weight, ids = layer.weight, torch.arange(40)
+    expected = weight.dense()[ids]
+    for way in _lookup.readings(weight.layout, shapes_of(weight.factors), 40, 40, True):
+        if way.compiled:
+            monkeypatch.setattr(_lookup, "reading", lambda *_, way=way: way)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                rows = layer(ids)
+            torch.testing.assert_close(rows, expected)
+            gradients = [torch.autograd.grad(y.sum(), list(weight.factors)) for y in (rows, weight.dense()[ids])]
+            torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+    assert made
+
+
 def test_which_layouts_are_chains():
     for format, is_one in (
         (rf.TT(2), True),
