@@ -119,7 +119,8 @@ static Size first_new(const Chain *chain, Size id)
     return k;
 }
 
-/* The products for an id, of whose factors those before `from` are at hand; the last one, its row, if `whole`. */
+/* The products for an id, of whose factors those before `from` are at hand; the last one, its row, if `whole`, which is
+ * known where this is inlined. */
 static inline __attribute__((always_inline)) void make(Chain *chain, Size id, Size from, int whole)
 {
     for (Size k = from; k < chain->factors; k++) {
