@@ -6,7 +6,8 @@
 A whole training step of a recipe (forward, backward, Adam) on rows of the right shape, on one thread or on a GPU: as
 rf.fit makes it, with a draw and the KL of each tensor by itself, and at the posterior means without a KL. The three
 take turns; medians of the rounds. Prior scales are part of the KL. Every network is measured at its start rank and at
-lower ones.
+lower ones. On a GPU steps are also replayed as CUDA graphs, as `rankfall train --cuda-graphs` does, and their share is
+that of these.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from _device import add_device, use_device
+from _device import Step, add_device, captured, on_gpu, use_device
 from _report import machine, table
 from _steps import medians, rows_of
 from torch import Tensor, nn
@@ -44,7 +45,9 @@ def main() -> None:
         for rank in _RANKS[recipe]:
             rows.append((recipe, str(rank), *_measured(recipe, rank, options.rounds)))
             print(*rows[-1], flush=True)
-    heads = ("recipe", "ranks up to", "parameters", "step, ms", "each by itself, ms", "at the means, ms", "share")
+    ways = ("step, ms", "each by itself, ms", "at the means, ms")
+    graphs = tuple(f"{way} (graph)" for way in ways) if on_gpu() else ()
+    heads = ("recipe", "ranks up to", "parameters", *ways, *graphs, "share")
     print("\n" + table(heads, rows))
 
 
@@ -52,7 +55,7 @@ def _measured(recipe: str, rank: int, rounds: int) -> tuple[str, ...]:
     torch.manual_seed(0)
     network = RECIPES[recipe].network(None)
     model = build_model(network, replace(TrainOptions(recipe), max_rank=rank))  # pyright: ignore[reportArgumentType]
-    optimizer = torch.optim.Adam(rf.parameter_groups(model, network.lr), fused=True)
+    optimizer = torch.optim.Adam(rf.parameter_groups(model, network.lr), fused=True, capturable=on_gpu())
     x = rows_of(recipe, network.batch_size)
     y = torch.randint(0, 10 if recipe == "mnist" else 2, (len(x),))
     joint = JointDraw(model)
@@ -79,8 +82,12 @@ def _measured(recipe: str, rank: int, rounds: int) -> tuple[str, ...]:
             tensor.training = True
 
     tensors = [module for module in model.modules() if isinstance(module, rf.LowRankTensor)]
-    whole, each, mean = medians([lambda: step(joint), alone, plain], rounds)
-    return f"{_count(model):,}", f"{whole:.2f}", f"{each:.2f}", f"{mean:.2f}", f"{(whole - mean) / whole:.1%}"
+    steps: list[Step] = [lambda: step(joint), alone, plain]
+    if on_gpu():
+        steps += [captured(each) for each in steps]
+    taken = medians(steps, rounds)
+    whole, _, mean = taken[-3:]
+    return f"{_count(model):,}", *(f"{ms:.3g}" for ms in taken), f"{(whole - mean) / whole:.1%}"
 
 
 def _count(model: nn.Module) -> int:

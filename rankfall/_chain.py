@@ -2,10 +2,8 @@
 """Single rows of a TT-matrix: small products from left to right, those with the same matrix together."""
 
 import math
-import warnings
 from collections.abc import Sequence
 from functools import cache
-from importlib.util import find_spec
 from typing import TypeAlias
 
 import torch
@@ -17,6 +15,7 @@ from rankfall._einsum import contract, power_of_two
 from rankfall._layout import Layout
 from rankfall._machine import machine
 from rankfall._rows import may_look_at
+from rankfall._triton import runs_on
 
 Joined: TypeAlias = tuple[int, int]
 APART: Joined = (1, 1)
@@ -130,18 +129,14 @@ def _joint_factor(layout: Layout, factors: Sequence[Tensor], part: range) -> Ten
 
 @cache
 def _has_kernels(device: torch.device) -> bool:
-    """Whether Triton is there, and does on the device what torch.bmm does: NVIDIA's from Volta on, and AMD's."""
-    if device.type != "cuda" or find_spec("triton") is None or torch.cuda.get_device_capability(device) < (7, 0):
-        return False
+    """Whether Triton is there, and does on the device what torch.bmm does."""
+    return runs_on(device, _try_kernels, "rows of tables are read by torch.bmm")
+
+
+def _try_kernels(device: torch.device) -> None:
     from rankfall._kernels import try_on  # noqa: PLC0415  Triton is loaded where it runs.
 
-    try:
-        try_on(device)
-    except Exception as error:
-        message = f"Triton's kernels do not run on {device} ({error}), so rows of tables are read by torch.bmm."
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
-        return False
-    return True
+    try_on(device)
 
 
 _TOGETHER, _MOST_TOGETHER = 4, 16

@@ -95,7 +95,7 @@ def joined_factors(tensors: Sequence[Factors]) -> tuple["Flat", list[Tensor]]:
     return flat, means + ([tensors[k].log_stds[factor] for k, factor in flat.order] if tensors[0].log_stds else [])
 
 
-def _unflattened(flat: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:
+def unflattened(flat: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:
     """Views of one buffer in the shapes of tensors."""
     views = _unflatten_dense_tensors(flat, like)
     if all(map(Tensor.numel, like)):
@@ -134,7 +134,7 @@ class _Divergence(torch.autograd.Function):
             value, _ = _bound(flat, prior, mean, log_std, std, hyperprior=hyperprior)
             return None, None, None, *_followed([value], [gradient], parameters)
         found = torch.cat([gradient * partial for partial in partials])
-        return (None, None, None, *_unflattened(found, parameters))
+        return (None, None, None, *unflattened(found, parameters))
 
 
 class _Draw(torch.autograd.Function):
@@ -152,22 +152,30 @@ class _Draw(torch.autograd.Function):
         ctx.save_for_backward(away, *partials, *parameters)
         ctx.of = flat, prior  # pyright: ignore[reportAttributeAccessIssue]
         drawn = (mean + away).to(parameters[0].dtype)
-        return value, *_unflattened(drawn, parameters[: len(flat.order)])
+        return value, *unflattened(drawn, parameters[: len(flat.order)])
 
     @staticmethod
     def backward(ctx: FunctionCtx, of_kl: Tensor, *of_draws: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         flat, prior = ctx.of  # pyright: ignore[reportAttributeAccessIssue]
         away, of_mean, of_log_std, *parameters = ctx.saved_tensors  # pyright: ignore[reportAttributeAccessIssue]
         if torch.is_grad_enabled():
-            mean, log_std = flat.joined(parameters)
-            value, _ = _bound(flat, prior, mean, log_std, log_std.exp(), hyperprior=True)
-            drawn = (mean + away * (log_std - log_std.detach()).exp()).to(parameters[0].dtype)
-            outputs = [value, *_unflattened(drawn, parameters[: len(flat.order)])]
-            return None, None, *_followed(outputs, [of_kl, *of_draws], parameters)
+            return None, None, *followed_draw(flat, prior, parameters, away, [of_kl, *of_draws])
         of_draw = _flatten_dense_tensors(of_draws).to(away.dtype)
         parts = torch.addcmul(of_draw, of_mean, of_kl), torch.addcmul(of_draw * away, of_log_std, of_kl)
         found = torch.cat(parts)
-        return (None, None, *_unflattened(found, parameters))
+        return (None, None, *unflattened(found, parameters))
+
+
+def followed_draw(
+    flat: "Flat", prior: Prior, parameters: Sequence[Tensor], away: Tensor, gradients: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Gradients, that can be differentiated again, of the KL and of a draw that is so far from the means."""
+    mean, log_std = flat.joined(parameters)
+    assert log_std is not None, "a draw needs standard deviations"
+    value, _ = _bound(flat, prior, mean, log_std, log_std.exp(), hyperprior=True)
+    drawn = (mean + away * (log_std - log_std.detach()).exp()).to(parameters[0].dtype)
+    outputs = [value, *unflattened(drawn, parameters[: len(flat.order)])]
+    return _followed(outputs, gradients, parameters)
 
 
 def _followed(
@@ -175,6 +183,8 @@ def _followed(
 ) -> list[Tensor | None]:
     """Gradients of parameters that can be differentiated again."""
     wanted = [p for p in parameters if p.requires_grad]
+    pairs = [(output, its) for output, its in zip(outputs, gradients, strict=True) if output.requires_grad]
+    outputs, gradients = zip(*pairs, strict=True)  # A draw without entries has no graph.
     found = iter(torch.autograd.grad(outputs, wanted, gradients, create_graph=True))
     return [next(found) if p.requires_grad else None for p in parameters]
 

@@ -4,14 +4,16 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from rankfall._divergence import draw_with_kl, kl_of_factors
 from rankfall._joint_draw import CompiledDraw, has_draw
 from rankfall._tensor import LowRankTensor
+from rankfall._triton import runs_on
 from rankfall._walk import low_rank_tensors
 
 
@@ -112,9 +114,25 @@ def _draw_of(tensors: list[LowRankTensor]) -> Callable[[], tuple[Tensor, list[li
     prior, factors = tensors[0].prior, [tensor.posterior_factors() for tensor in tensors]
     if has_draw(prior, factors):
         return CompiledDraw(prior, factors)
+    if factors[0].log_stds and _has_kernels(factors[0].means[0].device):
+        from rankfall._draw_kernels import KernelDraw  # noqa: PLC0415  Triton is loaded where it runs.
+
+        return KernelDraw(prior, factors)
     if factors[0].log_stds:
         return partial(draw_with_kl, prior, factors)
     return lambda: (kl_of_factors(prior, factors), [])
+
+
+@cache
+def _has_kernels(device: torch.device) -> bool:
+    """Whether factors are drawn by kernels there."""
+    return runs_on(device, _try_kernels, "factors are drawn by torch")
+
+
+def _try_kernels(device: torch.device) -> None:
+    from rankfall._draw_kernels import try_on  # noqa: PLC0415  Triton is loaded where it runs.
+
+    try_on(device)
 
 
 def check_weights(num_data: float, beta: float) -> None:

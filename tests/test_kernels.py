@@ -25,7 +25,7 @@ def test_kernels_do_what_torch_does():
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.count("fine") == 6
+    assert run.stdout.count("fine") == 10
 
 
 @pytest.mark.parametrize(("numbers", "architecture"), [("fp32", 75), ("bf16", 80), ("fp64", 90)])
@@ -48,6 +48,25 @@ def test_kernels_compile_without_a_gpu(kernel, numbers, architecture, tmp_path, 
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     signature = {name: f"*{pointers[name]}" if name in pointers else "i32" for name in function.arg_names}
     signature |= dict.fromkeys(constants, "constexpr")
+    source = ASTSource(function, signature, {(function.arg_names.index(k),): v for k, v in constants.items()})
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32))
+    assert len(compiled.asm["cubin"])
+
+
+@pytest.mark.parametrize("architecture", [75, 80, 90])
+@pytest.mark.parametrize("kernel", ["draw_kernel", "scale_kernel", "gradients_kernel"])
+def test_kernels_of_draws_compile_without_a_gpu(kernel, architecture, tmp_path, monkeypatch):
+    from triton.backends.compiler import GPUTarget  # noqa: PLC0415  Triton may be missing.
+    from triton.compiler import ASTSource  # noqa: PLC0415
+
+    from rankfall import _draw_kernels  # noqa: PLC0415
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    function = getattr(_draw_kernels, kernel)
+    kinds = {"seed": "*i64", "chunks": "*i32", "chunk_of": "*i32", "entries": "i32", "scale": "fp32"}
+    constants = {"CHUNK": 1024, "MANY": 128, "LEAST": 1e-10}
+    constants = {name: value for name, value in constants.items() if name in function.arg_names}
+    signature = {name: kinds.get(name, "*fp32") for name in function.arg_names} | dict.fromkeys(constants, "constexpr")
     source = ASTSource(function, signature, {(function.arg_names.index(k),): v for k, v in constants.items()})
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32))
     assert len(compiled.asm["cubin"])
