@@ -31,7 +31,7 @@ def is_peer(rival: str) -> bool:
 
 def packages(rivals: Iterable[str]) -> list[str]:
     """The packages of the peers among rivals, whose names begin with that of the package."""
-    return list(dict.fromkeys(rival.partition(" ")[0] for rival in rivals if is_peer(rival)))
+    return list(dict.fromkeys(rival.partition(" ")[0].rstrip(",") for rival in rivals if is_peer(rival)))
 
 
 def versions(rivals: Iterable[str]) -> dict[str, str]:

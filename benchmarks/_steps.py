@@ -23,7 +23,9 @@ def rows_of(recipe: str, count: int) -> Tensor:
         return torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8)
     if recipe in ("imdb", "transformer"):
         return torch.randint(1, 25_000, (count, 128))
-    return draw(count, KAGGLE_SIZES, torch.Generator().manual_seed(0)).to(torch.get_default_device())
+    device = torch.get_default_device()
+    with torch.device("cpu"):
+        return draw(count, KAGGLE_SIZES, torch.Generator().manual_seed(0)).to(device)
 
 
 def medians(works: list[Callable[[], None]], rounds: int) -> list[float]:

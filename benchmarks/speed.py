@@ -11,8 +11,8 @@ not measured again. All rivals run with memory that stays with the process, as `
 page faults of large outputs hide the differences.
 Products go by the faster one of torch's libraries in rankfall, MKL or oneDNN, and by MKL in torch's dense layers and in
 peers; "dense by oneDNN" is the dense layer with the products that rankfall makes.
-Peak memory is that of a fresh process for each rival. On a GPU, where most of these steps wait for the host, the dense
-layer's and rankfall's are also replayed as CUDA graphs, and memory is what the allocator gave at its peak. Peers that
+Peak memory is that of a fresh process for each rival. On a GPU, where most of these steps wait for the host, they are
+also replayed as CUDA graphs where they can be, and memory is what the allocator gave at its peak. Peers that
 are not installed are left out; _peers.py says how they are installed. The versions of the others stand above the table,
 and beside each case in the file.
 """
@@ -37,6 +37,7 @@ from rankfall._pages import keep_pages
 
 _PEER_SECONDS = 120  # A rival whose first step takes longer is left out.
 _AS_GRAPH = ", graph"
+_OURS_AS_GRAPH = f"rankfall{_AS_GRAPH}"
 _BY_ONEDNN = "dense by oneDNN"
 
 
@@ -119,7 +120,7 @@ def _timed(case: Case, rivals: list[str], rounds: int) -> dict:
             seconds(step)
             if seconds(step) < _PEER_SECONDS:
                 steps[rival] = step
-            if on_gpu() and rival in ("dense", "rankfall"):
+            if on_gpu():
                 steps[f"{rival}{_AS_GRAPH}"] = captured(step)
         except (RuntimeError, MemoryError, ValueError, TypeError) as error:
             print(f"{case.name}: {rival} fails: {error}", file=sys.stderr)
@@ -172,24 +173,34 @@ def _markdown(results: list[dict]) -> str:
     rows = []
     for result in results:
         ms, memory = result["ms"], result.get("memory", {})
-        peers = {r: t for r, t in ms.items() if is_peer(r)}
-        best = min(peers, key=peers.__getitem__, default=None)
+        best = _best_peer(ms, as_graph=False)
         rows.append(
             (
                 f"{result['case']}: {result['what']}",
                 *_beside_dense(ms, ""),
                 *(() if on_gpu() else (f"{ms[_BY_ONEDNN]:.2f}" if _BY_ONEDNN in ms else "",)),
                 *(_beside_dense(ms, _AS_GRAPH) if on_gpu() else ()),
-                f"{peers[best]:.2f}" if best else "",
-                f"{peers[best] / ms['rankfall']:.1f}" if best else "",
+                *_beside_peer(ms, best, ms["rankfall"]),
+                *(_beside_peer(ms, _best_peer(ms, as_graph=True), ms.get(_OURS_AS_GRAPH)) if on_gpu() else ()),
                 f"{result['limit']:.2f}",
                 " / ".join(_megabytes(memory.get(r)) for r in ("dense", "rankfall", best) if r) if memory else "",
             )
         )
-    beside = ("best peer, ms", "faster by", "limit, ms", "MB")
+    peers = ("best peer as a graph, ms", "faster by") if on_gpu() else ()
+    beside = ("best peer, ms", "faster by", *peers, "limit, ms", "MB")
     graphs = ("dense as a graph, ms", "rankfall as a graph, ms", "of dense") if on_gpu() else (f"{_BY_ONEDNN}, ms",)
     shown = table(("case", "dense, ms", "rankfall, ms", "of dense", *graphs, *beside), rows)
     return f"{_caption(results)}\n\n{shown}"
+
+
+def _best_peer(ms: dict[str, float], *, as_graph: bool) -> str | None:
+    return min((r for r in ms if is_peer(r) and r.endswith(_AS_GRAPH) == as_graph), key=ms.__getitem__, default=None)
+
+
+def _beside_peer(ms: dict[str, float], peer: str | None, ours: float | None) -> tuple[str, str]:
+    if peer is None or ours is None:
+        return "", ""
+    return f"{ms[peer]:.3f}" if on_gpu() else f"{ms[peer]:.2f}", f"{ms[peer] / ours:.1f}"
 
 
 def _caption(results: list[dict]) -> str:

@@ -7,7 +7,6 @@ There is an open report of it for H100s: https://github.com/pytorch/pytorch/issu
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ _FAR = 0.1  # Relative; TF32 and bfloat16 stay well below.
 def cudnn_where_right(like: nn.RNNBase, x: Tensor) -> Iterator[None]:
     """Inside, a recurrent layer runs on cuDNN only if layers of its sizes have the right gradients there.
 
-    Which is tried once for each kind of layer, and not while a graph is captured.
+    Which is tried once for each kind of layer. Where a graph is captured before it was tried, torch's own runs.
 
     Args:
         like: A layer of the same options.
@@ -48,16 +47,22 @@ def _cudnn(*, wanted: bool) -> Iterator[None]:
 
 
 def _is_asked(device: torch.device) -> bool:
-    return (
-        device.type == "cuda"
-        and torch.backends.cudnn.enabled
-        and not torch.compiler.is_compiling()
-        and not torch.cuda.is_current_stream_capturing()
-    )
+    return device.type == "cuda" and torch.backends.cudnn.enabled and not torch.compiler.is_compiling()
 
 
-@cache
+_answers: dict[tuple[object, ...], bool] = {}
+
+
 def _agrees(kind: type[nn.RNNBase], options: tuple[int | bool, ...], device: torch.device, dtype: torch.dtype) -> bool:
+    asked = kind, options, device, dtype
+    if asked not in _answers:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return False
+        _answers[asked] = _tried(*asked)
+    return _answers[asked]
+
+
+def _tried(kind: type[nn.RNNBase], options: tuple[int | bool, ...], device: torch.device, dtype: torch.dtype) -> bool:
     pairs = zip(*(_gradients(kind, options, device, dtype, cudnn=cudnn) for cudnn in (True, False)), strict=True)
     far = max(float((one - other).norm() / other.norm().clamp_min(1e-30)) for one, other in pairs)
     if far <= _FAR:
@@ -66,7 +71,7 @@ def _agrees(kind: type[nn.RNNBase], options: tuple[int | bool, ...], device: tor
         f"cuDNN's {kind.__name__} of hidden_size={options[1]} gives other gradients on {device} than torch's own (they "
         f"differ by {far:.0%}), so layers like it run without cuDNN, which takes longer."
     )
-    warnings.warn(message, RuntimeWarning, stacklevel=2)
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
     return False
 
 
@@ -81,6 +86,8 @@ def _gradients(
         layer = kind(*sizes, bias, bidirectional=bidirectional, device=device, dtype=dtype)  # pyright: ignore
         x = torch.randn(_LENGTH, _BATCH, int(sizes[0]), device=device, dtype=dtype, requires_grad=True)
         direction = torch.randn(_LENGTH, _BATCH, int(sizes[1]) * (1 + bidirectional), device=device, dtype=dtype)
-        with _cudnn(wanted=cudnn):
+        with _cudnn(wanted=cudnn), warnings.catch_warnings():
+            # torch lays weights of bfloat16 one by one, and says so.
+            warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk", UserWarning)
             (layer(x)[0] * direction).sum().backward()
     return [tensor.grad.float() for tensor in (x, *layer.parameters()) if tensor.grad is not None]

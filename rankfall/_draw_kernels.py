@@ -60,18 +60,18 @@ def draw_kernel(joined, drawn, seed, chunks, sums, entries, CHUNK: tl.constexpr)
 
 @triton.jit
 def scale_kernel(
-    sums, chunk_of, counts, held, constants, precisions, values, scale, LEAST: tl.constexpr, MANY: tl.constexpr
+    sums, chunk_of, most, counts, held, constants, precisions, values, scale, LEAST: tl.constexpr, MANY: tl.constexpr
 ):
     """1 / s^2 of a slice, and its part of the KL: at the best scale s, or at that which is held, if it is not below 0.
 
     The scale is that of the half-Cauchy prior, or 0 for the log-uniform one.
     """
     own = tl.program_id(0)
-    end = tl.load(chunk_of + own + 1)
+    first, end = tl.load(chunk_of + own), tl.load(chunk_of + own + 1)
     moments = tl.zeros((MANY,), tl.float32)
     logs = tl.zeros((MANY,), tl.float32)
-    for k in range(tl.load(chunk_of + own), end, MANY):
-        chunk = k + tl.arange(0, MANY)
+    for k in range(0, most, MANY):
+        chunk = first + k + tl.arange(0, MANY)
         moments += tl.load(sums + 2 * chunk, mask=chunk < end, other=0.0)
         logs += tl.load(sums + 2 * chunk + 1, mask=chunk < end, other=0.0)
     moment, count, precision = tl.sum(moments, 0), tl.load(counts + own), tl.load(held + own)
@@ -115,6 +115,7 @@ class _Chunks(NamedTuple):
         chunks: Where the first entry of the slice is in its factor, the first and last entry of the chunk in the slice,
             how many follow each other, how far those are apart, and the number of the slice; shape (chunks, 6).
         chunk_of: The first chunk of each slice, and at last the number of chunks.
+        most: How many chunks a slice has at most.
         counts: How many entries each slice governs.
         held: 1 / s^2 of slices whose scale is not found, else -1.
         constants: What is added to the KL of each slice.
@@ -123,6 +124,7 @@ class _Chunks(NamedTuple):
     entries: int
     chunks: Tensor
     chunk_of: Tensor
+    most: int
     counts: Tensor
     held: Tensor
     constants: Tensor
@@ -135,6 +137,7 @@ def _shared_out(flat: Flat) -> _Chunks:
     for own, _, first, end, *_ in rows:
         sizes[own] += end - first
         chunk_of[own + 1] += 1
+    most = max(chunk_of)
     for own in range(slices):
         chunk_of[own + 1] += chunk_of[own]
     constants = [-0.5 * size for size in sizes]
@@ -144,7 +147,8 @@ def _shared_out(flat: Flat) -> _Chunks:
     numbers = torch.tensor([*chain.from_iterable(chunks), *chunk_of], dtype=torch.int32, device="cpu").to(device)
     floats = torch.tensor([*[-1.0] * (slices - 2), CORE_STD**-2, 0.0, *constants], device="cpu").to(device)
     counts = torch.cat([flat.counts, flat.counts.new_zeros(2)])
-    return _Chunks(sum(sizes), numbers[: 6 * len(rows)], numbers[6 * len(rows) :], counts, *floats.split(slices))
+    of_chunks, of_slices = numbers.split([6 * len(rows), slices + 1])
+    return _Chunks(sum(sizes), of_chunks, of_slices, most, counts, *floats.split(slices))
 
 
 def _of_factor(start: int, shape: tuple[int, int, int], slice_: int) -> Iterator[tuple[int, ...]]:
@@ -198,7 +202,7 @@ class _KernelDraw(torch.autograd.Function):
         precisions, values = joined.new_empty(2, slices)
         _run(draw_kernel, len(own.chunks) // 6, joined, drawn, seed, own.chunks, sums, own.entries, CHUNK=_CHUNK)
         scale = prior.scale if isinstance(prior, HalfCauchy) else 0.0
-        of_slices = own.chunk_of, own.counts, own.held, own.constants
+        of_slices = own.chunk_of, own.most, own.counts, own.held, own.constants
         constants = {"LEAST": MIN_SCALE**2, "MANY": _MANY, "num_warps": 1}
         _run(scale_kernel, slices, sums, *of_slices, precisions, values, scale, **constants)
         ctx.save_for_backward(joined, seed, precisions, *parameters)

@@ -13,9 +13,9 @@ OPTIONS = (12, 8, 2, True, True)
 
 @pytest.fixture(autouse=True)
 def _asked_anew():
-    _cudnn._agrees.cache_clear()
+    _cudnn._answers.clear()
     yield
-    _cudnn._agrees.cache_clear()
+    _cudnn._answers.clear()
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
@@ -53,6 +53,15 @@ def test_a_layer_runs_without_cudnn_where_that_is_wrong(make, is_right, monkeypa
     layer(torch.randn(5, 2, 12))
     assert seen == [is_right]
     assert torch.backends.cudnn.enabled
+
+
+def test_a_graph_is_captured_as_it_was_tried_before(monkeypatch):
+    asked = nn.LSTM, OPTIONS, torch.device("cuda"), torch.float32
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(_cudnn, "_tried", lambda *_: pytest.fail("nothing may be tried within a graph"))
+    assert not _cudnn._agrees(*asked)
+    _cudnn._answers[asked] = True
+    assert _cudnn._agrees(*asked)
 
 
 def test_no_other_device_is_asked():

@@ -63,7 +63,7 @@ def test_kernels_of_draws_compile_without_a_gpu(kernel, architecture, tmp_path, 
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     function = getattr(_draw_kernels, kernel)
-    kinds = {"seed": "*i64", "chunks": "*i32", "chunk_of": "*i32", "entries": "i32", "scale": "fp32"}
+    kinds = {"seed": "*i64", "chunks": "*i32", "chunk_of": "*i32", "entries": "i32", "most": "i32", "scale": "fp32"}
     constants = {"CHUNK": 1024, "MANY": 128, "LEAST": 1e-10}
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     signature = {name: kinds.get(name, "*fp32") for name in function.arg_names} | dict.fromkeys(constants, "constexpr")
