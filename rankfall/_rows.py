@@ -13,7 +13,6 @@ from torch import Tensor
 from rankfall._products import product
 
 _MANY = 4096  # Ids at which a function of our own has paid for its call.
-_FEW = 3072  # Ids up to which torch adds their gradients slowly on a GPU.
 
 
 def may_look_at(values: Tensor) -> bool:
@@ -121,7 +120,7 @@ class TableRows(Rows):
 
     def taken(self) -> Float[Tensor, "*ids width"]:
         """As for `Rows`."""
-        if _adds_faster(self.table, self.places) or _adds_at_once(self.table, self.places):
+        if _adds_faster(self.table, self.places) or _adds_in_any_order(self.table):
             rows: Tensor = _Taken.apply(self.table, self.places.flatten())  # pyright: ignore
             return rows.view(*self.places.shape, self.table.shape[1])
         return F.embedding(self.places, self.table)
@@ -155,17 +154,17 @@ def _adds_faster(table: Tensor, places: Tensor) -> bool:
     return may_look_at(table) and torch.get_num_threads() == 1 and places.numel() >= _MANY
 
 
-def _adds_at_once(table: Tensor, places: Tensor) -> bool:
-    """Whether a GPU adds gradients of rows faster by atomic operations, in any order, than torch does in order."""
+def _adds_in_any_order(table: Tensor) -> bool:
+    """Whether a GPU adds gradients of rows by atomic operations, as they come: torch sorts the ids first."""
     as_ever = torch.compiler.is_compiling() or torch.are_deterministic_algorithms_enabled()
-    return table.device.type == "cuda" and not as_ever and places.numel() <= _FEW
+    return table.device.type == "cuda" and not as_ever
 
 
 class _Taken(torch.autograd.Function):
     """table[places], the gradient added up row by row.
 
     On one thread that takes two thirds of the time of F.embedding's, which is shared out among several threads; on a
-    GPU a sixth, where the ids are few.
+    GPU a sixth to a half of it.
     """
 
     generate_vmap_rule = True
