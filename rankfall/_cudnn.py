@@ -7,6 +7,7 @@ There is an open report of it for H100s: https://github.com/pytorch/pytorch/issu
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,8 @@ _FAR = 0.1  # Relative; TF32 and bfloat16 stay well below.
 def cudnn_where_right(like: nn.RNNBase, x: Tensor) -> Iterator[None]:
     """Inside, a recurrent layer runs on cuDNN only if layers of its sizes have the right gradients there.
 
-    Which is tried once for each kind of layer. Where a graph is captured before it was tried, torch's own runs.
+    Which is tried once for each kind of layer. A CUDA graph never has it: what cuDNN reads from the host when it is
+    called, a replay would read again, whatever stands there by then.
 
     Args:
         like: A layer of the same options.
@@ -28,7 +30,7 @@ def cudnn_where_right(like: nn.RNNBase, x: Tensor) -> Iterator[None]:
     device, is_narrow = x.device, torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(device.type) if is_narrow else x.dtype
     options = (like.input_size, like.hidden_size, like.num_layers, like.bias, like.bidirectional)
-    if not _is_asked(device) or _agrees(type(like), options, device, dtype):
+    if not _is_asked(device) or (not _is_captured() and _agrees(type(like), options, device, dtype)):
         yield
     else:
         with _cudnn(wanted=False):
@@ -50,19 +52,12 @@ def _is_asked(device: torch.device) -> bool:
     return device.type == "cuda" and torch.backends.cudnn.enabled and not torch.compiler.is_compiling()
 
 
-_answers: dict[tuple[object, ...], bool] = {}
+def _is_captured() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
+@cache
 def _agrees(kind: type[nn.RNNBase], options: tuple[int | bool, ...], device: torch.device, dtype: torch.dtype) -> bool:
-    asked = kind, options, device, dtype
-    if asked not in _answers:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return False
-        _answers[asked] = _tried(*asked)
-    return _answers[asked]
-
-
-def _tried(kind: type[nn.RNNBase], options: tuple[int | bool, ...], device: torch.device, dtype: torch.dtype) -> bool:
     pairs = zip(*(_gradients(kind, options, device, dtype, cudnn=cudnn) for cudnn in (True, False)), strict=True)
     far = max(float((one - other).norm() / other.norm().clamp_min(1e-30)) for one, other in pairs)
     if far <= _FAR:
@@ -71,7 +66,7 @@ def _tried(kind: type[nn.RNNBase], options: tuple[int | bool, ...], device: torc
         f"cuDNN's {kind.__name__} of hidden_size={options[1]} gives other gradients on {device} than torch's own (they "
         f"differ by {far:.0%}), so layers like it run without cuDNN, which takes longer."
     )
-    warnings.warn(message, RuntimeWarning, stacklevel=4)
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
     return False
 
 

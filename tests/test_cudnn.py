@@ -13,9 +13,9 @@ OPTIONS = (12, 8, 2, True, True)
 
 @pytest.fixture(autouse=True)
 def _asked_anew():
-    _cudnn._answers.clear()
+    _cudnn._agrees.cache_clear()
     yield
-    _cudnn._answers.clear()
+    _cudnn._agrees.cache_clear()
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
@@ -37,9 +37,9 @@ def test_wrong_gradients_are_reported_once(monkeypatch):
     assert not _cudnn._agrees(*asked)
 
 
-@pytest.mark.parametrize("is_right", [True, False])
+@pytest.mark.parametrize(("is_right", "is_captured"), [(True, False), (False, False), (True, True)])
 @pytest.mark.parametrize("make", [rf.nn.LSTM, rf.nn.GRU])
-def test_a_layer_runs_without_cudnn_where_that_is_wrong(make, is_right, monkeypatch):
+def test_a_layer_runs_without_cudnn_where_that_is_wrong_and_in_graphs(make, is_right, is_captured, monkeypatch):
     layer, seen, call = make(12, 8, format=rf.TT(3)), [], torch.func.functional_call
 
     def noted(*arguments):
@@ -49,19 +49,11 @@ def test_a_layer_runs_without_cudnn_where_that_is_wrong(make, is_right, monkeypa
     monkeypatch.setattr(torch.func, "functional_call", noted)
     monkeypatch.setattr(type(layer), "_steps_are_own", lambda *_: False)
     monkeypatch.setattr(_cudnn, "_is_asked", lambda _: True)
+    monkeypatch.setattr(_cudnn, "_is_captured", lambda: is_captured)
     monkeypatch.setattr(_cudnn, "_agrees", lambda *_: is_right)
     layer(torch.randn(5, 2, 12))
-    assert seen == [is_right]
+    assert seen == [is_right and not is_captured]
     assert torch.backends.cudnn.enabled
-
-
-def test_a_graph_is_captured_as_it_was_tried_before(monkeypatch):
-    asked = nn.LSTM, OPTIONS, torch.device("cuda"), torch.float32
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    monkeypatch.setattr(_cudnn, "_tried", lambda *_: pytest.fail("nothing may be tried within a graph"))
-    assert not _cudnn._agrees(*asked)
-    _cudnn._answers[asked] = True
-    assert _cudnn._agrees(*asked)
 
 
 def test_no_other_device_is_asked():
