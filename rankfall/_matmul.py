@@ -152,7 +152,7 @@ def linear_ways(layout: Layout, shapes: Shapes, rows: int) -> list[Way]:
     again = out * width >= _WORTH_FORGETTING and formed.cost <= _LITTLE * whole.cost
     ways = [
         replace(whole, again=again),
-        Way("steps", steps.flops, round(_COPIES * steps.elements), steps.effort),
+        Way("steps", steps.flops, round(_COPIES * steps.elements) + _bias_added(rows, out), steps.effort),
     ]
     pair = halves(layout, shapes)
     if pair is None:
@@ -172,6 +172,11 @@ def _with_products(kind: Literal["formed", "halves"], before: Plan, rows: int, w
     return Way(kind, flops, elements, flops)
 
 
+def _bias_added(rows: int, out: int) -> int:
+    """Numbers moved to add a bias where no product takes it along; most layers have one."""
+    return 2 * rows * out
+
+
 def _cut_way(layout: Layout, shapes: Shapes, rows: int, bond: int, right_first: bool) -> Way:
     (out_left, out_right), (in_left, in_right) = (
         (math.prod(modes[: bond + 1]), math.prod(modes[bond + 1 :])) for modes in layout.modes
@@ -185,6 +190,7 @@ def _cut_way(layout: Layout, shapes: Shapes, rows: int, bond: int, right_first: 
         plain, mix = 2 * middle * out_right, effort_of_mixed(rows, out_left * rank, in_left, in_right)
     parts = rank * (out_left * in_left + out_right * in_right)
     elements = rows * (in_left * in_right + out_left * out_right) + 2 * middle + 2 * parts
+    elements += _bias_added(rows, out_left * out_right)
     plain += 2 * parts * rank
     counted = plain + 2 * middle * (out_left if right_first else in_left)
     return Way("cut", counted, elements, plain + mix, bond, right_first)

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recurrent layers leave cuDNN where its gradients are not torch's own; test_gpu.py asks a GPU."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 import rankfall as rf
 from rankfall import _cudnn
+from rankfall._graphs import Replayed
 
 OPTIONS = (12, 8, 2, True, True)
 
@@ -58,3 +61,34 @@ def test_a_layer_runs_without_cudnn_where_that_is_wrong_and_in_graphs(make, is_r
 
 def test_no_other_device_is_asked():
     assert not _cudnn._is_asked(torch.device("cpu"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.filterwarnings("ignore:cuDNN's:RuntimeWarning")  # Of GPUs on which it is wrong.
+def test_gradients_of_a_recurrent_layer_are_the_same_in_graphs():
+    layer = rf.nn.LSTM(
+        64,
+        128,
+        num_layers=2,
+        bidirectional=True,
+        batch_first=True,
+        format=rf.TT(8),
+        posterior=rf.Point(),
+        device="cuda",
+    )
+    twin = copy.deepcopy(layer)
+
+    def run(which: nn.Module, given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        loss = which(given)[0].square().mean()
+        loss.backward()
+        return (loss.detach(),)
+
+    replayed = Replayed(lambda given: run(layer, given), list(layer.parameters()), torch.device("cuda"))
+    for length in (128, 40, 7) * 8:
+        x = torch.randn(64, length, 64)
+        layer.zero_grad()
+        twin.zero_grad()
+        (found,), (wanted,) = replayed(x), run(twin, x.cuda())
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
+        for one, other in zip(layer.parameters(), twin.parameters(), strict=True):
+            assert (one.grad - other.grad).norm() <= 0.01 * other.grad.norm() + 1e-7
