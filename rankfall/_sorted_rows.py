@@ -142,7 +142,7 @@ class SortedRows(Rows):
         return sums / in_bags.clamp_min(1).unsqueeze(1)
 
     def _read(self, places: Tensor | None, weights: Tensor | None, count: int) -> Tensor:
-        ids = self.ids.flatten().long()
+        ids = self.ids.flatten().long().contiguous()  # One dimension may have gaps, flat as it is.
         weights = None if weights is None else weights.flatten().to(self.chain[0].dtype).contiguous()
         chain = [factor.contiguous() for factor in self.chain]
         found: Tensor = _Read.apply(ids, places, weights, count, self.in_blocks, *chain)  # pyright: ignore
