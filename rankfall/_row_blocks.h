@@ -130,6 +130,5 @@ static inline __attribute__((always_inline)) void ask_for_row(
 {
     if (n + AHEAD >= end) return;
     const Size k = order[n + AHEAD], place = places ? places[k] : k;
-    if (place < 0) return;
     for (Size j = 0; j < width; j += 64 / sizeof(REAL)) __builtin_prefetch(table + place * width + j);
 }

@@ -34,10 +34,25 @@ class Library:
 
     def __init__(self, loaded: ctypes.CDLL, dtype: torch.dtype) -> None:
         one = c_void_p
-        self._rows, self._gradients = loaded.rows, loaded.gradients_of_rows
+        self._order, self._rows, self._gradients = loaded.order_of, loaded.rows, loaded.gradients_of_rows
+        self._order.argtypes, self._order.restype = (c_int64, one, one, c_int64, one, one), c_int64
         self._rows.argtypes = (c_int64, one, one, one, one, c_int64, one, one, one, one, one)
         self._gradients.argtypes = (*self._rows.argtypes, one, one)
         _try(self, dtype)
+
+    def order(self, chain: Sequence[Tensor], ids: Tensor, places: Tensor | None) -> Tensor:
+        """The numbers of the ids in the order in which they are gone through, without those that have no place.
+
+        Args:
+            chain: As for `rows`.
+            ids: As for `rows`.
+            places: Less than 0 for a row that is left out, int64; None for no places.
+        """
+        order = torch.empty_like(ids)
+        digits = (c_int64 * len(chain))(*_digits(chain))
+        kept = self._order(len(ids), ids.data_ptr(), address(places), len(chain), digits, order.data_ptr())
+        _check(kept < 0)
+        return order if kept == len(ids) else order[:kept]
 
     def rows(
         self,
@@ -51,12 +66,11 @@ class Library:
         """Writes row ids[k] of a chain to row k of `out`, or adds weights[k] times it to row places[k].
 
         Args:
-            chain: Factors of shape (digits, width, rank), (rank, digits, width, rank), ..., (rank, digits, width); if
-                there is one only, (digits, width); for a table in blocks there are two. All tensors are without gaps,
-                and of the library's type.
-            order: What sorts `ids`, int64.
+            chain: Factors of shape (digits, width, rank), (rank, digits, width, rank), ..., (rank, digits, width), two
+                or more; for a table in blocks there are two. All tensors are without gaps, and of the library's type.
+            order: What `order` gives.
             ids: Row numbers, int64.
-            places: Less than 0 for a row that is left out, int64; None for no places.
+            places: As for `order`; None for no places.
             weights: None for 1.
             out: Holds zeros, if there are places.
         """
@@ -83,15 +97,19 @@ def _arguments(
     chain: Sequence[Tensor], order: Tensor, ids: Tensor, places: Tensor | None, weights: Tensor | None
 ) -> tuple[Any, ...]:
     first, *others = chain
-    digits = [len(first), *(factor.shape[1] for factor in others)]
     widths = [first.shape[1], *(factor.shape[2] for factor in others)]
     ranks = [*(len(factor) for factor in others), 1]
-    sizes = ((c_int64 * len(chain))(*numbers) for numbers in (digits, widths, ranks))
+    sizes = ((c_int64 * len(chain))(*numbers) for numbers in (_digits(chain), widths, ranks))
     of_ids = order.data_ptr(), ids.data_ptr(), address(places), address(weights)
-    return len(ids), *of_ids, len(chain), *sizes, addresses(chain)
+    return len(order), *of_ids, len(chain), *sizes, addresses(chain)
 
 
-def _check(failed: int) -> None:
+def _digits(chain: Sequence[Tensor]) -> list[int]:
+    first, *others = chain
+    return [len(first), *(factor.shape[1] for factor in others)]
+
+
+def _check(failed: bool) -> None:
     if failed:
         raise MemoryError("no memory for the product of a table's factors.")
 
@@ -111,7 +129,7 @@ def _library(dtype: torch.dtype, in_blocks: bool) -> Library | None:
     if dtype not in _REALS:
         return None
     name = "_block_rows.c" if in_blocks else "_sorted_rows.c"
-    source = Source(name, (f"-DREAL={_REALS[dtype]}", *_FLAGS), ("_row_blocks.h",))
+    source = Source(name, (f"-DREAL={_REALS[dtype]}", *_FLAGS), ("_id_order.h", "_row_blocks.h"))
     return compiled(source, partial(Library, dtype=dtype), "rows of tables are read by torch")
 
 
@@ -119,7 +137,8 @@ def _try(found: Library, dtype: torch.dtype) -> None:
     """Raises ValueError unless a small product is right, with its gradients."""
     first = torch.arange(12, dtype=dtype, device="cpu").view(2, 2, 3)
     last = torch.arange(60, dtype=dtype, device="cpu").view(3, 4, 5)
-    ids, order = torch.tensor([7, 0, 7], device="cpu"), torch.tensor([1, 0, 2], device="cpu")
+    ids = torch.tensor([7, 0, 7], device="cpu")
+    order = found.order((first, last), ids, None)
     out, gradient = first.new_empty(3, 10), first.new_ones(3, 10)
     found.rows((first, last), order, ids, None, None, out)
     wanted = torch.einsum("nar,rnb->nab", first[ids // 4], last[:, ids % 4]).flatten(1)

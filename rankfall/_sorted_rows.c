@@ -3,11 +3,13 @@
  * Rows of a chain of factors, a TT-matrix or a tensor train, and their gradients: what the functions of _chain.py do by
  * many calls of torch, in one pass.
  *
- * A row is F_0[i_0] F_1[i_1] ... of its digits i_k, from left to right. Rows come sorted, so neighbours have digits in
- * common, and each product is made once for all rows that begin alike. Factors stand as they do in Python, of shape
- * (rank before, digits, width, rank after), without the ranks at the ends; REAL is float or double.
+ * A row is F_0[i_0] F_1[i_1] ... of its digits i_k, from left to right, two or more. Rows come sorted by the second
+ * digit, then by the first one and by the others. So each product is made once for all rows that begin alike, and those
+ * of the first two factors are one larger product for several first digits: F_1, which is often the largest factor, is
+ * read, and its gradient added to, once for all of them. Factors stand as they do in Python, of shape (rank before,
+ * digits, width, rank after), without the ranks at the ends; REAL is float or double.
  */
-#include "_row_blocks.h"
+#include "_id_order.h"
 
 static inline REAL total(Wide v)
 {
@@ -48,7 +50,7 @@ typedef struct {
     Size across;    /* Its width x the rank after it. */
     Size before;    /* Columns of all factors before it. */
     Size later;     /* How many ids have their digits up to this factor in common, */
-    Size beginning; /* and id / later, which tells those apart that have not. */
+    Size beginning; /* and what is left of an id behind its second digit / later, which tells those apart that have not. */
     Size at;        /* Where the slice of the row begins in values. */
     const REAL *values;
     REAL *gradient;
@@ -57,30 +59,52 @@ typedef struct {
     REAL *of_made; /* and its gradient. */
 } Part;
 
+enum { MOST_IDS = 128, ROOM = 1 << 12 }; /* Ids of a block, and numbers that its products have, if one has no more. */
+
+/* Ids that have their second digit in common, and the products of the first two factors for the first digits that they
+ * have, one below the other. */
+typedef struct {
+    Size ids, firsts;
+    Size first[MOST_IDS]; /* The first digits, in order. */
+    Size slot[MOST_IDS];  /* Of each id the number of its first digit among them, */
+    Size other[MOST_IDS]; /* and what is left of it behind the second one. */
+    REAL *left, *of_left; /* The slices of the first factor, and their gradients. */
+    REAL *made, *of_made; /* The products, and theirs. */
+} Block;
+
 typedef struct {
     Part part[MOST_FACTORS];
+    Block block;
     Size factors, width;
+    Size most; /* First digits of a block. */
     REAL *memory, *turned;
 } Chain;
+
+static inline Size least(Size a, Size b) { return a < b ? a : b; }
 
 /* Returns 1 if there is no memory, else 0. */
 static int begin(Chain *chain, Size factors, const Size *digits, const Size *widths, const Size *ranks,
                  const REAL *const *values, REAL *const *gradients)
 {
-    Size width = 1, later = 1, numbers = 1, most = 0;
+    Size width = 1, later = 1, numbers = 1, largest = 0;
     for (Size k = 0; k < factors; k++) {
         const Size rank = k ? ranks[k - 1] : 1, across = widths[k] * ranks[k];
         chain->part[k] = (Part){.digits = digits[k], .rank = rank, .across = across, .before = width,
-                                .values = values[k], .gradient = gradients ? gradients[k] : NULL, .beginning = -1};
-        numbers += 2 * width * across;
-        most = rank * across > most ? rank * across : most;
+                                .values = values[k], .gradient = gradients ? gradients[k] : NULL};
+        if (k > 1) numbers += 2 * width * across;
+        largest = rank * across > largest ? rank * across : largest;
         width *= widths[k];
     }
     for (Size k = factors; k--; later *= digits[k]) chain->part[k].later = later;
-    chain->factors = factors, chain->width = width;
-    REAL *next = chain->memory = malloc(sizeof(REAL) * (numbers + most));
+    const Size of_first = chain->part[0].across, of_both = widths[0] * chain->part[1].across;
+    const Size most = ROOM / (of_first + of_both + 1);
+    chain->factors = factors, chain->width = width, chain->most = most < 1 ? 1 : least(most, MOST_IDS);
+    numbers += 2 * chain->most * (of_first + of_both);
+    REAL *next = chain->memory = malloc(sizeof(REAL) * (numbers + largest));
     if (!next) return 1;
-    for (Part *part = chain->part; part < chain->part + factors; part++) {
+    REAL **const parts[] = {&chain->block.left, &chain->block.of_left, &chain->block.made, &chain->block.of_made};
+    for (int k = 0; k < 4; k++) *parts[k] = next, next += chain->most * (k < 2 ? of_first : of_both);
+    for (Part *part = chain->part + 2; part < chain->part + factors; part++) {
         const Size its = part->before * part->across;
         part->made = next, part->of_made = next + its;
         next += 2 * its;
@@ -94,7 +118,7 @@ enum { OFTEN = 8 }; /* Times that each slice is taken. */
 /* Returns 1 if there is no memory, else 0. */
 static int turn(Chain *chain, Size count)
 {
-    for (Part *part = chain->part + 1; part < chain->part + chain->factors; part++) {
+    for (Part *part = chain->part + 2; part < chain->part + chain->factors; part++) {
         const Size slices = part->digits * part->across;
         if (count < OFTEN * part->digits) continue;
         part->turned = malloc(sizeof(REAL) * (slices * part->rank + 1));
@@ -107,94 +131,149 @@ static int turn(Chain *chain, Size count)
 
 static void end(Chain *chain)
 {
-    for (Part *part = chain->part; part < chain->part + chain->factors; part++) free(part->turned);
+    for (Part *part = chain->part + 2; part < chain->part + chain->factors; part++) free(part->turned);
     free(chain->memory);
 }
 
-/* The first factor from which on a row differs from the last one; their number if it is the same. */
-static Size first_new(const Chain *chain, Size id)
+/* The next ids that have their second digit in common, and no more first digits than there is room for. */
+static void next_block(Chain *chain, Size count, const Size *order, const Size *ids)
 {
+    Block *block = &chain->block;
+    const Part *first = chain->part, *second = first + 1;
+    Size last = -1, digit = -1;
+    block->firsts = 0, block->ids = 0;
+    for (; block->ids < least(count, MOST_IDS); block->ids++) {
+        const Size id = ids[order[block->ids]], beginning = id / second->later;
+        const Size its = beginning / second->digits, its_second = beginning - its * second->digits;
+        if (digit >= 0 && its_second != digit) break;
+        digit = its_second;
+        if (its != last) {
+            if (block->firsts == chain->most) break;
+            copy(first->across, first->values + its * first->across, block->left + block->firsts * first->across);
+            block->first[block->firsts++] = last = its;
+        }
+        block->slot[block->ids] = block->firsts - 1;
+        block->other[block->ids] = id - beginning * second->later;
+    }
+    chain->part[1].at = digit * second->across;
+}
+
+/* The products of its first two factors. */
+static void make_block(Chain *chain)
+{
+    const Block *block = &chain->block;
+    const Part *part = chain->part + 1;
+    const Matrix left = {block->left, part->rank, 1};
+    const Matrix right = {part->values + part->at, part->digits * part->across, 1};
+    product(block->firsts * part->before, part->across, part->rank, left, right, block->made, part->across, 0);
+}
+
+/* The factor after the first two from which on an id of a block differs from the one before; their number if it is the
+ * same. */
+static Size first_new(const Chain *chain, Size number)
+{
+    const Block *block = &chain->block;
+    if (!number || block->slot[number] != block->slot[number - 1]) return 2;
     Size k = chain->factors;
-    while (k && chain->part[k - 1].beginning != id / chain->part[k - 1].later) k--;
+    while (k > 2 && chain->part[k - 1].beginning != block->other[number] / chain->part[k - 1].later) k--;
     return k;
 }
 
-/* The products for an id, of whose factors those before `from` are at hand; the last one, its row, if `whole`, which is
- * known where this is inlined. */
-static inline __attribute__((always_inline)) void make(Chain *chain, Size id, Size from, int whole)
+/* The products for an id of a block, of whose factors those before `from` are at hand; the last one, its row, if
+ * `whole`, which is known where this is inlined. */
+static inline __attribute__((always_inline)) void make(Chain *chain, Size number, Size from, int whole)
 {
+    const Block *block = &chain->block;
+    Part *second = chain->part + 1;
+    const Size start = block->slot[number] * second->before * second->across;
+    second->made = block->made + start, second->of_made = block->of_made + start;
     for (Size k = from; k < chain->factors; k++) {
         Part *part = chain->part + k;
-        part->beginning = id / part->later;
+        part->beginning = block->other[number] / part->later;
         part->at = part->beginning % part->digits * part->across;
         if (k + 1 == chain->factors && !whole) return;
-        const REAL *slice = part->values + part->at;
-        if (!k) {
-            for (Size j = 0; j < part->across; j++) part->made[j] = slice[j];
-            continue;
-        }
-        const Matrix left = {part[-1].made, part->rank, 1}, right = {slice, part->digits * part->across, 1};
+        const Matrix left = {part[-1].made, part->rank, 1};
+        const Matrix right = {part->values + part->at, part->digits * part->across, 1};
         product(part->before, part->across, part->rank, left, right, part->made, part->across, 0);
     }
 }
 
-/* Row ids[k] for each k in `order`, which sorts ids, goes to row k of `out`. Or where there are places, weights[k]
- * times it is added to row places[k], which holds zeros at first; not if that is less than 0. Without weights they are
- * 1. Returns 0, or 1 if there is no memory. */
+/* Row ids[k] for each k in `order`, as order_of gives it, goes to row k of `out`. Or where there are places, weights[k]
+ * times it is added to row places[k], which holds zeros at first. Without weights they are 1. Returns 0, or 1 if there
+ * is no memory. */
 int rows(Size count, const Size *order, const Size *ids, const Size *places, const REAL *weights, Size factors,
          const Size *digits, const Size *widths, const Size *ranks, const REAL *const *values, REAL *out)
 {
     Chain chain;
     if (begin(&chain, factors, digits, widths, ranks, values, NULL)) return 1;
     const Size width = chain.width;
-    const REAL *row = chain.part[factors - 1].made;
-    for (Size n = 0; n < count; n++) {
-        const Size k = order[n], place = places ? places[k] : k;
-        ask_for_row(n, count, order, places, out, width);
-        if (place < 0) continue;
-        make(&chain, ids[k], first_new(&chain, ids[k]), 1);
-        REAL *to = out + place * width;
-        if (places)
-            add(width, weights ? weights[k] : 1, row, to);
-        else
-            memcpy(to, row, sizeof(REAL) * width);
+    for (Size at = 0; at < count; at += chain.block.ids) {
+        next_block(&chain, count - at, order + at, ids);
+        make_block(&chain);
+        for (Size n = 0; n < chain.block.ids; n++) {
+            const Size k = order[at + n], place = places ? places[k] : k;
+            ask_for_row(at + n, count, order, places, out, width);
+            make(&chain, n, first_new(&chain, n), 1);
+            const REAL *row = chain.part[factors - 1].made;
+            REAL *to = out + place * width;
+            if (places)
+                add(width, weights ? weights[k] : 1, row, to);
+            else
+                memcpy(to, row, sizeof(REAL) * width);
+        }
     }
     free(chain.memory);
     return 0;
 }
 
-/* Hands the gradient of a product on to its last factor, and to the product before that. */
-static void hand_on(Chain *chain, Part *part)
+/* Hands the gradient of a product with a factor, of `before` rows, on to the factor, and to what stands on its left. */
+static void hand_on(Chain *chain, const Part *part, Size before, const REAL *made, REAL *of_left, const REAL *gradient)
 {
     const Size across = part->across, down = part->digits * across;
     REAL *of_slice = part->gradient + part->at;
-    if (part == chain->part) {
-        for (Size j = 0; j < across; j++) of_slice[j] += part->of_made[j];
+    const Matrix of_made = {gradient, across, 1}, turned = {chain->turned, part->rank, 1};
+    if (across < 8 && part->rank > across) {
+        const Matrix side = {gradient, 1, across}, left = {made, part->rank, 1};
+        product(across, part->rank, before, side, left, chain->turned, part->rank, 0);
+        for (Size i = 0; i < part->rank; i++)
+            for (Size j = 0; j < across; j++) of_slice[i * down + j] += chain->turned[j * part->rank + i];
     } else {
-        const Matrix of_made = {part->of_made, across, 1}, turned = {chain->turned, part->rank, 1};
-        if (across < 8 && part->rank > across) {
-            const Matrix side = {part->of_made, 1, across}, left = {part[-1].made, part->rank, 1};
-            product(across, part->rank, part->before, side, left, chain->turned, part->rank, 0);
-            for (Size i = 0; i < part->rank; i++)
-                for (Size j = 0; j < across; j++) of_slice[i * down + j] += chain->turned[j * part->rank + i];
-        } else {
-            const Matrix left = {part[-1].made, 1, part->rank};
-            product(part->rank, across, part->before, left, of_made, of_slice, down, 1);
-        }
-        if (part->turned) {
-            const Matrix slice = {part->turned + part->at * part->rank, part->rank, 1};
-            product(part->before, part->rank, across, of_made, slice, part[-1].of_made, part->rank, 1);
-        } else if (across >= 8 * part->before) {
-            const Matrix slice = {part->values + part->at, down, 1};
-            product_of_rows(part->before, part->rank, across, of_made, slice, part[-1].of_made, part->rank);
-        } else {
-            const REAL *slice = part->values + part->at;
-            for (Size i = 0; i < part->rank; i++)
-                for (Size j = 0; j < across; j++) chain->turned[j * part->rank + i] = slice[i * down + j];
-            product(part->before, part->rank, across, of_made, turned, part[-1].of_made, part->rank, 1);
-        }
+        const Matrix left = {made, 1, part->rank};
+        product(part->rank, across, before, left, of_made, of_slice, down, 1);
     }
-    memset(part->of_made, 0, sizeof(REAL) * part->before * across);
+    if (part->turned) {
+        const Matrix slice = {part->turned + part->at * part->rank, part->rank, 1};
+        product(before, part->rank, across, of_made, slice, of_left, part->rank, 1);
+    } else if (across >= 8 * before) {
+        const Matrix slice = {part->values + part->at, down, 1};
+        product_of_rows(before, part->rank, across, of_made, slice, of_left, part->rank);
+    } else {
+        const REAL *slice = part->values + part->at;
+        for (Size i = 0; i < part->rank; i++)
+            for (Size j = 0; j < across; j++) chain->turned[j * part->rank + i] = slice[i * down + j];
+        product(before, part->rank, across, of_made, turned, of_left, part->rank, 1);
+    }
+}
+
+/* The same for an id of a block and its factors from one on, the first two aside. */
+static void hand_on_from(Chain *chain, Size from)
+{
+    for (Size k = chain->factors; k-- > from;) {
+        Part *part = chain->part + k;
+        hand_on(chain, part, part->before, part[-1].made, part[-1].of_made, part->of_made);
+        memset(part->of_made, 0, sizeof(REAL) * part->before * part->across);
+    }
+}
+
+/* The same for a block and its first two factors. */
+static void hand_on_block(Chain *chain)
+{
+    const Block *block = &chain->block;
+    const Part *first = chain->part, *second = first + 1;
+    memset(block->of_left, 0, sizeof(REAL) * block->firsts * first->across);
+    hand_on(chain, second, block->firsts * second->before, block->left, block->of_left, block->of_made);
+    for (Size n = 0; n < block->firsts; n++)
+        add(first->across, 1, block->of_left + n * first->across, first->gradient + block->first[n] * first->across);
 }
 
 /* Adds to `gradients`, of the shapes of the factors, what the gradient of `out` has to say of them; and writes that of
@@ -209,29 +288,37 @@ int gradients_of_rows(Size count, const Size *order, const Size *ids, const Size
         end(&chain);
         return 1;
     }
-    const Size width = chain.width;
+    const Size width = chain.width, of_both = chain.part[1].before * chain.part[1].across;
     Part *last = chain.part + factors - 1;
-    for (Part *part = chain.part; part <= last; part++)
+    for (Part *part = chain.part + 2; part <= last; part++)
         memset(part->of_made, 0, sizeof(REAL) * part->before * part->across);
-    int begun = 0;
-    for (Size n = 0; n < count; n++) {
-        const Size k = order[n], place = places ? places[k] : k;
-        ask_for_row(n, count, order, places, gradient, width);
-        if (place < 0) continue;
-        const Size from = first_new(&chain, ids[k]);
-        if (begun)
-            for (Size j = factors; j-- > from;) hand_on(&chain, chain.part + j);
-        make(&chain, ids[k], from, of_weights != NULL);
-        begun = 1;
-        const REAL *its = gradient + place * width;
-        add(width, weights ? weights[k] : 1, its, last->of_made);
-        if (of_weights) {
-            of_weights[k] = 0;
-            for (Size j = 0; j < width; j++) of_weights[k] += its[j] * last->made[j];
+    for (Size at = 0; at < count; at += chain.block.ids) {
+        next_block(&chain, count - at, order + at, ids);
+        if (factors > 2 || of_weights) make_block(&chain);
+        memset(chain.block.of_made, 0, sizeof(REAL) * chain.block.firsts * of_both);
+        for (Size n = 0; n < chain.block.ids; n++) {
+            const Size k = order[at + n], from = first_new(&chain, n);
+            const REAL *its = gradient + (places ? places[k] : k) * width;
+            ask_for_row(at + n, count, order, places, gradient, width);
+            if (n) hand_on_from(&chain, from);
+            make(&chain, n, from, of_weights != NULL);
+            add(width, weights ? weights[k] : 1, its, last->of_made);
+            if (of_weights) {
+                of_weights[k] = 0;
+                for (Size j = 0; j < width; j++) of_weights[k] += its[j] * last->made[j];
+            }
         }
+        hand_on_from(&chain, 2);
+        hand_on_block(&chain);
     }
-    if (begun)
-        for (Size j = factors; j--;) hand_on(&chain, chain.part + j);
     end(&chain);
     return 0;
+}
+
+/* As sort_ids says. */
+Size order_of(Size count, const Size *ids, const Size *places, Size factors, const Size *digits, Size *order)
+{
+    Size others = 1;
+    for (Size k = 2; k < factors; k++) others *= digits[k];
+    return sort_ids(count, ids, places, digits[0], digits[1], others, order);
 }

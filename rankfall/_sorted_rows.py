@@ -145,6 +145,8 @@ class SortedRows(Rows):
         ids = self.ids.flatten().long().contiguous()  # One dimension may have gaps, flat as it is.
         weights = None if weights is None else weights.flatten().to(self.chain[0].dtype).contiguous()
         chain = [factor.contiguous() for factor in self.chain]
+        if len(chain) == 1:
+            chain = [chain[0].new_ones(1, 1, 1), chain[0].unsqueeze(0)]
         found: Tensor = _Read.apply(ids, places, weights, count, self.in_blocks, *chain)  # pyright: ignore
         return found if found.shape[1] == self.width else found[:, : self.width]
 
@@ -165,10 +167,11 @@ class _Read(torch.autograd.Function):
         width = chain[0].shape[1]
         for factor in chain[1:]:
             width *= factor.shape[2]
-        make, order = chain[0].new_empty if places is None else chain[0].new_zeros, ids.argsort()
+        make = chain[0].new_empty if places is None else chain[0].new_zeros
         out, compiled = make(count, width), library(chain[0].dtype, in_blocks=in_blocks)
         assert compiled is not None
         assert len({factor.dtype for factor in chain}) == 1, "compiled code would read past the end of narrower ones"
+        order = compiled.order(chain, ids, places)
         compiled.rows(chain, order, ids, places, weights, out)
         ctx.save_for_backward(order, ids, places, weights, *chain)
         ctx.count, ctx.in_blocks = count, in_blocks
