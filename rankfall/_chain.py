@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rankfall._einsum import contract, power_of_two
+from rankfall._einsum import contract, planned_once, power_of_two
 from rankfall._layout import Layout
 from rankfall._machine import machine
 from rankfall._rows import may_look_at
@@ -65,7 +65,8 @@ def chain_of(layout: Layout, factors: Sequence[Tensor], joined: Joined = APART) 
         Tensors of shape (rows, columns, rank), (rank, rows, columns, rank), ..., (rank, rows, columns); if there is one
         only, (rows, columns). Where a factor has no mode of an axis, its size is 1.
     """
-    return [_joint_factor(layout, factors, part) for part in parts_of(len(factors), joined)]
+    parts = zip(parts_of(len(factors), joined), _joint_sizes(layout, joined), strict=True)
+    return [_joint_factor(layout, factors, part, sizes) for part, sizes in parts]
 
 
 def chain_rows(chain: Sequence[Tensor], rows: Int[Tensor, " n"]) -> Float[Tensor, "n width"]:
@@ -113,17 +114,24 @@ def parts_of(factors: int, joined: Joined) -> list[range]:
     return [head, *(range(k, k + 1) for k in range(head.stop, tail.start)), tail] if factors > 1 else [head]
 
 
-def _joint_factor(layout: Layout, factors: Sequence[Tensor], part: range) -> Tensor:
+@planned_once
+def _joint_sizes(layout: Layout, joined: Joined) -> tuple[tuple[int, ...], ...]:
+    """The rows and columns of the factors that `chain_of` gives."""
+    modes = (modes_of(layout, part) for part in parts_of(len(layout.factors), joined))
+    return tuple(tuple(math.prod([layout.mode_sizes[name] for name in names]) for names in axes) for axes in modes)
+
+
+def _joint_factor(layout: Layout, factors: Sequence[Tensor], part: range, sizes: tuple[int, ...]) -> Tensor:
     """Neighbours as one factor, whose modes are theirs together."""
-    taken, bonds = slice(part.start, part.stop), layout.bonds
-    rows, columns = modes_of(layout, part)
-    before, after = bonds[max(part.start - 1, 0) : part.start], bonds[part.stop - 1 : part.stop]
     if len(part) == 1:
         found = factors[part.start]
     else:
+        taken, bonds = slice(part.start, part.stop), layout.bonds
+        rows, columns = modes_of(layout, part)
+        before, after = bonds[max(part.start - 1, 0) : part.start], bonds[part.stop - 1 : part.stop]
         found = contract(layout.factors[taken], (*before, *rows, *columns, *after), factors[taken])
-    sizes = [math.prod([layout.mode_sizes[name] for name in names]) for names in (rows, columns)]
-    shape = (*found.shape[: len(before)], *sizes, *found.shape[found.dim() - len(after) :])
+    rank, end = found.shape[: part.start > 0], found.dim() - (part.stop < len(factors))
+    shape = (*rank, *sizes, *found.shape[end:])
     return found if found.shape == shape else found.reshape(shape)
 
 

@@ -127,7 +127,8 @@ class SortedRows(Rows):
         """As for `Rows`."""
         count = self.ids.numel()
         places = None if self.gone is None else torch.arange(count).masked_fill_(self.gone.flatten(), -1)
-        return self._read(places, None, count).view(*self.ids.shape, self.width)
+        rows = self._read(places, None, count)
+        return rows if self.ids.dim() == 1 else rows.view(*self.ids.shape, self.width)
 
     def reduced(self, bags: Bags) -> Float[Tensor, "bags width"]:
         """As for `Rows`."""
