@@ -42,8 +42,7 @@ static int begin(Table *t, const Size *digits, const Size *widths, const Size *r
     for (Size i = 0; i < t->rank; i++) copy(t->columns, right + i * t->columns, t->right + i * t->down);
     if (!learns) return 0;
     memset(t->turned, 0, sizeof(REAL) * sizes[3]);
-    for (Size i = 0; i < t->rank; i++)
-        for (Size j = 0; j < t->columns; j++) t->turned[j * t->padded + i] = right[i * t->columns + j];
+    turn_over(t->rank, t->columns, right, t->columns, t->turned, t->padded);
     memset(t->of_right, 0, sizeof(REAL) * sizes[5]);
     return 0;
 }

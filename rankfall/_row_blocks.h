@@ -121,6 +121,60 @@ static inline __attribute__((always_inline)) void add(
     for (; j < count; j++) to[j] += weight * values[j];
 }
 
+/* The same where nothing is yet. */
+static inline __attribute__((always_inline)) void put(
+    Size count, REAL weight, const REAL *restrict values, REAL *restrict to)
+{
+    Size j = 0;
+    for (; j + WIDE <= count; j += WIDE) *(Wide *)(to + j) = weight * *(const Wide *)(values + j);
+    for (; j + 4 <= count; j += 4) *(By4 *)(to + j) = weight * *(const By4 *)(values + j);
+    for (; j < count; j++) to[j] = weight * values[j];
+}
+
+#ifdef __clang__
+#define MIXED(A, B, ...) __builtin_shufflevector(A, B, __VA_ARGS__)
+#else
+typedef __typeof__(_Generic((REAL)0, float: (int32_t)0, double: (int64_t)0)) Lane; /* As wide as a number. */
+typedef Lane Lanes8 __attribute__((vector_size(8 * sizeof(Lane))));
+#define MIXED(A, B, ...) __builtin_shuffle(A, B, (Lanes8){__VA_ARGS__})
+#endif
+
+/* 8 rows of 8 numbers each, turned. */
+static inline __attribute__((always_inline)) void turn8(const REAL *from, Size down, REAL *to, Size to_down)
+{
+    By8 by1[8], by2[8];
+    _Pragma("GCC unroll 4") for (int i = 0; i < 8; i += 2)
+    {
+        const By8 a = *(const By8 *)(from + i * down), b = *(const By8 *)(from + (i + 1) * down);
+        by1[i] = MIXED(a, b, 0, 8, 1, 9, 4, 12, 5, 13), by1[i + 1] = MIXED(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
+    }
+    _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++)
+    {
+        const By8 a = by1[i / 2 * 4 + i % 2], b = by1[i / 2 * 4 + i % 2 + 2];
+        by2[i / 2 * 4 + i % 2 * 2] = MIXED(a, b, 0, 1, 8, 9, 4, 5, 12, 13);
+        by2[i / 2 * 4 + i % 2 * 2 + 1] = MIXED(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+    _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++)
+    {
+        *(By8 *)(to + i * to_down) = MIXED(by2[i], by2[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+        *(By8 *)(to + (i + 4) * to_down) = MIXED(by2[i], by2[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    }
+}
+
+/* to[j * to_down + i] = from[i * down + j]. */
+static void turn_over(Size rows, Size columns, const REAL *from, Size down, REAL *to, Size to_down)
+{
+    Size i = 0;
+    for (; i + 8 <= rows; i += 8) {
+        Size j = 0;
+        for (; j + 8 <= columns; j += 8) turn8(from + i * down + j, down, to + j * to_down + i, to_down);
+        for (; j < columns; j++)
+            for (Size n = i; n < i + 8; n++) to[j * to_down + n] = from[n * down + j];
+    }
+    for (; i < rows; i++)
+        for (Size j = 0; j < columns; j++) to[j * to_down + i] = from[i * down + j];
+}
+
 /* Rows may stand anywhere in memory, which is asked for those that are wanted soon. Compilers leave out calls of such
  * functions, which change nothing, unless they are inlined before that is found out. */
 enum { AHEAD = 2 };

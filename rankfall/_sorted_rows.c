@@ -18,8 +18,8 @@ static inline REAL total(Wide v)
     return sum;
 }
 
-/* C += A B.T, for B of shape (columns, inner); rows of A and of B stand side by side. */
-static void product_of_rows(Size rows, Size columns, Size inner, Matrix A, Matrix B, REAL *c, Size c_down)
+/* C = A B.T, or C += A B.T, for B of shape (columns, inner); rows of A and of B stand side by side. */
+static void product_of_rows(Size rows, Size columns, Size inner, Matrix A, Matrix B, REAL *c, Size c_down, int adds)
 {
     const Size whole = inner / WIDE * WIDE;
     for (Size i = 0; i < rows; i += 4)
@@ -36,7 +36,7 @@ static void product_of_rows(Size rows, Size columns, Size inner, Matrix A, Matri
             {
                 REAL found = total(sum[n]);
                 for (Size k = whole; k < inner; k++) found += a[n][k] * b[k];
-                if (n < some) c[(i + n) * c_down + j] += found;
+                if (n < some) c[(i + n) * c_down + j] = found + (adds ? c[(i + n) * c_down + j] : 0);
             }
         }
 }
@@ -56,7 +56,8 @@ typedef struct {
     REAL *gradient;
     REAL *turned;  /* All slices transposed, if they are taken so often that this pays. */
     REAL *made;    /* The product, (before, across), */
-    REAL *of_made; /* and its gradient. */
+    REAL *of_made; /* and its gradient, */
+    int held;      /* if there is anything of it yet. */
 } Part;
 
 enum { MOST_IDS = 128, ROOM = 1 << 12 }; /* Ids of a block, and numbers that its products have, if one has no more. */
@@ -123,8 +124,7 @@ static int turn(Chain *chain, Size count)
         if (count < OFTEN * part->digits) continue;
         part->turned = malloc(sizeof(REAL) * (slices * part->rank + 1));
         if (!part->turned) return 1;
-        for (Size j = 0; j < slices; j++)
-            for (Size i = 0; i < part->rank; i++) part->turned[j * part->rank + i] = part->values[i * slices + j];
+        turn_over(part->rank, slices, part->values, slices, part->turned, part->rank);
     }
     return 0;
 }
@@ -168,12 +168,12 @@ static void make_block(Chain *chain)
     product(block->firsts * part->before, part->across, part->rank, left, right, block->made, part->across, 0);
 }
 
-/* The factor after the first two from which on an id of a block differs from the one before; their number if it is the
- * same. */
+/* The factor after the first two from which on an id of a block differs from the one before; 1 if it does so earlier,
+ * and their number if it is the same. */
 static Size first_new(const Chain *chain, Size number)
 {
     const Block *block = &chain->block;
-    if (!number || block->slot[number] != block->slot[number - 1]) return 2;
+    if (!number || block->slot[number] != block->slot[number - 1]) return 1;
     Size k = chain->factors;
     while (k > 2 && chain->part[k - 1].beginning != block->other[number] / chain->part[k - 1].later) k--;
     return k;
@@ -187,7 +187,7 @@ static inline __attribute__((always_inline)) void make(Chain *chain, Size number
     Part *second = chain->part + 1;
     const Size start = block->slot[number] * second->before * second->across;
     second->made = block->made + start, second->of_made = block->of_made + start;
-    for (Size k = from; k < chain->factors; k++) {
+    for (Size k = from < 2 ? 2 : from; k < chain->factors; k++) {
         Part *part = chain->part + k;
         part->beginning = block->other[number] / part->later;
         part->at = part->beginning % part->digits * part->across;
@@ -226,43 +226,44 @@ int rows(Size count, const Size *order, const Size *ids, const Size *places, con
     return 0;
 }
 
-/* Hands the gradient of a product with a factor, of `before` rows, on to the factor, and to what stands on its left. */
-static void hand_on(Chain *chain, const Part *part, Size before, const REAL *made, REAL *of_left, const REAL *gradient)
+/* Hands the gradient of a product with a factor, of `before` rows, on to the factor, and to what stands on its left,
+ * where it is added if `adds`. */
+static void hand_on(Chain *chain, const Part *part, Size before, const REAL *gradient, const REAL *left_of_it,
+                    REAL *of_left, int adds)
 {
     const Size across = part->across, down = part->digits * across;
     REAL *of_slice = part->gradient + part->at;
     const Matrix of_made = {gradient, across, 1}, turned = {chain->turned, part->rank, 1};
     if (across < 8 && part->rank > across) {
-        const Matrix side = {gradient, 1, across}, left = {made, part->rank, 1};
+        const Matrix side = {gradient, 1, across}, left = {left_of_it, part->rank, 1};
         product(across, part->rank, before, side, left, chain->turned, part->rank, 0);
         for (Size i = 0; i < part->rank; i++)
             for (Size j = 0; j < across; j++) of_slice[i * down + j] += chain->turned[j * part->rank + i];
     } else {
-        const Matrix left = {made, 1, part->rank};
+        const Matrix left = {left_of_it, 1, part->rank};
         product(part->rank, across, before, left, of_made, of_slice, down, 1);
     }
     if (part->turned) {
         const Matrix slice = {part->turned + part->at * part->rank, part->rank, 1};
-        product(before, part->rank, across, of_made, slice, of_left, part->rank, 1);
+        product(before, part->rank, across, of_made, slice, of_left, part->rank, adds);
     } else if (across >= 8 * before) {
         const Matrix slice = {part->values + part->at, down, 1};
-        product_of_rows(before, part->rank, across, of_made, slice, of_left, part->rank);
+        product_of_rows(before, part->rank, across, of_made, slice, of_left, part->rank, adds);
     } else {
-        const REAL *slice = part->values + part->at;
-        for (Size i = 0; i < part->rank; i++)
-            for (Size j = 0; j < across; j++) chain->turned[j * part->rank + i] = slice[i * down + j];
-        product(before, part->rank, across, of_made, turned, of_left, part->rank, 1);
+        turn_over(part->rank, across, part->values + part->at, down, chain->turned, part->rank);
+        product(before, part->rank, across, of_made, turned, of_left, part->rank, adds);
     }
 }
 
 /* The same for an id of a block and its factors from one on, the first two aside. */
 static void hand_on_from(Chain *chain, Size from)
 {
-    for (Size k = chain->factors; k-- > from;) {
+    for (Size k = chain->factors; k-- > 2 && k >= from;) {
         Part *part = chain->part + k;
-        hand_on(chain, part, part->before, part[-1].made, part[-1].of_made, part->of_made);
-        memset(part->of_made, 0, sizeof(REAL) * part->before * part->across);
+        hand_on(chain, part, part->before, part->of_made, part[-1].made, part[-1].of_made, part[-1].held);
+        part[-1].held = 1, part->held = 0;
     }
+    if (from < 2) chain->part[1].held = 0;
 }
 
 /* The same for a block and its first two factors. */
@@ -270,8 +271,7 @@ static void hand_on_block(Chain *chain)
 {
     const Block *block = &chain->block;
     const Part *first = chain->part, *second = first + 1;
-    memset(block->of_left, 0, sizeof(REAL) * block->firsts * first->across);
-    hand_on(chain, second, block->firsts * second->before, block->left, block->of_left, block->of_made);
+    hand_on(chain, second, block->firsts * second->before, block->of_made, block->left, block->of_left, 0);
     for (Size n = 0; n < block->firsts; n++)
         add(first->across, 1, block->of_left + n * first->across, first->gradient + block->first[n] * first->across);
 }
@@ -288,27 +288,28 @@ int gradients_of_rows(Size count, const Size *order, const Size *ids, const Size
         end(&chain);
         return 1;
     }
-    const Size width = chain.width, of_both = chain.part[1].before * chain.part[1].across;
+    const Size width = chain.width;
     Part *last = chain.part + factors - 1;
-    for (Part *part = chain.part + 2; part <= last; part++)
-        memset(part->of_made, 0, sizeof(REAL) * part->before * part->across);
     for (Size at = 0; at < count; at += chain.block.ids) {
         next_block(&chain, count - at, order + at, ids);
         if (factors > 2 || of_weights) make_block(&chain);
-        memset(chain.block.of_made, 0, sizeof(REAL) * chain.block.firsts * of_both);
         for (Size n = 0; n < chain.block.ids; n++) {
             const Size k = order[at + n], from = first_new(&chain, n);
             const REAL *its = gradient + (places ? places[k] : k) * width;
             ask_for_row(at + n, count, order, places, gradient, width);
             if (n) hand_on_from(&chain, from);
             make(&chain, n, from, of_weights != NULL);
-            add(width, weights ? weights[k] : 1, its, last->of_made);
+            if (last->held)
+                add(width, weights ? weights[k] : 1, its, last->of_made);
+            else
+                put(width, weights ? weights[k] : 1, its, last->of_made);
+            last->held = 1;
             if (of_weights) {
                 of_weights[k] = 0;
                 for (Size j = 0; j < width; j++) of_weights[k] += its[j] * last->made[j];
             }
         }
-        hand_on_from(&chain, 2);
+        hand_on_from(&chain, 1);
         hand_on_block(&chain);
     }
     end(&chain);
