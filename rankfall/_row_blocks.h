@@ -34,7 +34,7 @@ typedef struct {
 } Matrix;
 
 /* Some rows and columns of C = A B, or of C += A B, held in registers; the columns of B and C stand side by side. Each
- * row has `across` of them. */
+ * row has `across` of them. C is first read at the end, lest registers hold where it stands. */
 #define BLOCK(NAME, V)                                                                                      \
     static inline __attribute__((always_inline)) void NAME(                                                 \
         const int rows, const int across, Size inner, const REAL *a, Matrix A, const REAL *b, Size down,    \
@@ -42,16 +42,19 @@ typedef struct {
     {                                                                                                       \
         enum { LANES = sizeof(V) / sizeof(REAL) };                                                          \
         V sum[12];                                                                                          \
-        _Pragma("GCC unroll 12") for (int i = 0; i < rows * across; i++)                                    \
-            sum[i] = adds ? *(const V *)(c + i / across * c_down + i % across * LANES) : (V){0};            \
+        _Pragma("GCC unroll 12") for (int i = 0; i < rows * across; i++) sum[i] = (V){0};                   \
         for (Size k = 0; k < inner; k++, a += A.across, b += down) {                                        \
             V side[2];                                                                                      \
             _Pragma("GCC unroll 2") for (int n = 0; n < across; n++) side[n] = *(const V *)(b + n * LANES); \
             _Pragma("GCC unroll 12") for (int i = 0; i < rows * across; i++)                                \
                 sum[i] += a[i / across * A.down] * side[i % across];                                        \
         }                                                                                                   \
-        _Pragma("GCC unroll 12") for (int i = 0; i < rows * across; i++)                                    \
-            *(V *)(c + i / across * c_down + i % across * LANES) = sum[i];                                  \
+        _Pragma("GCC unroll 12") for (int i = 0; i < rows; i++, c += c_down)                                \
+            _Pragma("GCC unroll 2") for (int n = 0; n < across; n++)                                        \
+            {                                                                                               \
+                if (adds) sum[i * across + n] += *(const V *)(c + n * LANES);                               \
+                *(V *)(c + n * LANES) = sum[i * across + n];                                                \
+            }                                                                                               \
     }
 
 BLOCK(wide_block, Wide)
@@ -72,10 +75,13 @@ static inline __attribute__((always_inline)) void some_rows(
     for (; j < columns; j++) block1(rows, 1, inner, A.start, A, B.start + j, B.down, c + j, c_down, adds);
 }
 
-/* At most 16 columns; of rows `most` at once, but 8 as 4 and 4. */
+/* At most 16 columns; of rows `most` at once. Fewer take nearly as long, so where 6 at once would leave some, 5 are made
+ * until they leave none, and of 8 rows 4 and 4. */
 static inline __attribute__((always_inline)) void strip(
     const int most, Size rows, const int columns, Size inner, Matrix A, Matrix B, REAL *c, Size c_down, int adds)
 {
+    for (; most == 6 && rows % 6 && rows >= 5 && rows != 8; rows -= 5, A.start += 5 * A.down, c += 5 * c_down)
+        some_rows(5, columns, inner, A, B, c, c_down, adds);
     for (; rows >= most && (most != 6 || rows != 8); rows -= most, A.start += most * A.down, c += most * c_down)
         some_rows(most, columns, inner, A, B, c, c_down, adds);
     for (; rows >= 4; rows -= 4, A.start += 4 * A.down, c += 4 * c_down)
