@@ -122,8 +122,7 @@ static void gather(Table *t, Block block, const Size *order, const Size *ids, co
         const REAL *from = gradient + place * width;
         for (Size b = 0; b < t->before; b++, from += t->after) {
             add(t->after, weights ? weights[k] : 1, from, t->of_made + start + b * t->down);
-            if (of_weights)
-                for (Size j = 0; j < t->after; j++) of_weights[k] += from[j] * t->made[start + b * t->down + j];
+            if (of_weights) of_weights[k] += dot(t->after, from, t->made + start + b * t->down);
         }
     }
 }

@@ -137,6 +137,23 @@ static inline __attribute__((always_inline)) void put(
     for (; j < count; j++) to[j] = weight * values[j];
 }
 
+static inline REAL total(Wide v)
+{
+    REAL sum = 0;
+    for (int lane = 0; lane < WIDE; lane++) sum += v[lane];
+    return sum;
+}
+
+static inline REAL dot(Size count, const REAL *a, const REAL *b)
+{
+    Wide sums = {0};
+    Size j = 0;
+    for (; j + WIDE <= count; j += WIDE) sums += *(const Wide *)(a + j) * *(const Wide *)(b + j);
+    REAL sum = total(sums);
+    for (; j < count; j++) sum += a[j] * b[j];
+    return sum;
+}
+
 #ifdef __clang__
 #define MIXED(A, B, ...) __builtin_shufflevector(A, B, __VA_ARGS__)
 #else

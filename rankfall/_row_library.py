@@ -14,8 +14,9 @@ from rankfall._compiled import Source, address, addresses, compiled
 
 _REALS = {torch.float32: "float", torch.float64: "double"}
 # Numbers side by side may be added up in any order, without which that cannot be done at once. Not all of -ffast-math,
-# which would have the whole process take the smallest numbers for zero.
-_FLAGS = ("-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math")
+# which would have the whole process take the smallest numbers for zero. What is long is written in vectors; compilers
+# would make them of what is left over, too, and those loops are short.
+_FLAGS = ("-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-tree-vectorize")
 MOST_FACTORS = 16
 PASS_CALL = 3e-8
 """Seconds that each product of a pass takes besides its operations."""

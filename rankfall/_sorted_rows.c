@@ -11,13 +11,6 @@
  */
 #include "_id_order.h"
 
-static inline REAL total(Wide v)
-{
-    REAL sum = 0;
-    for (int lane = 0; lane < WIDE; lane++) sum += v[lane];
-    return sum;
-}
-
 /* C = A B.T, or C += A B.T, for B of shape (columns, inner); rows of A and of B stand side by side. */
 static void product_of_rows(Size rows, Size columns, Size inner, Matrix A, Matrix B, REAL *c, Size c_down, int adds)
 {
@@ -304,10 +297,7 @@ int gradients_of_rows(Size count, const Size *order, const Size *ids, const Size
             else
                 put(width, weights ? weights[k] : 1, its, last->of_made);
             last->held = 1;
-            if (of_weights) {
-                of_weights[k] = 0;
-                for (Size j = 0; j < width; j++) of_weights[k] += its[j] * last->made[j];
-            }
+            if (of_weights) of_weights[k] = dot(width, its, last->made);
         }
         hand_on_from(&chain, 1);
         hand_on_block(&chain);
