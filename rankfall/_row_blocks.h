@@ -101,6 +101,8 @@ static void product(Size rows, Size columns, Size inner, Matrix A, Matrix B, REA
             const Matrix b = {B.start + k * B.down + j, B.down, 1};
             if (columns - j >= 16)
                 strip(ROWS, rows, 16, deep, a, b, c + j, c_down, adds);
+            else if (columns - j == 8)
+                strip(8, rows, 8, deep, a, b, c + j, c_down, adds);
             else
                 strip(8, rows, (int)(columns - j), deep, a, b, c + j, c_down, adds);
         }
