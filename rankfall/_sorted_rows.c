@@ -161,6 +161,12 @@ static void make_block(Chain *chain)
     product(block->firsts * part->before, part->across, part->rank, left, right, block->made, part->across, 0);
 }
 
+/* The digits up to a factor, the first two aside. */
+static inline Size beginning_of(const Part *part, Size other)
+{
+    return part->later == 1 ? other : other / part->later; /* Divisions take long. */
+}
+
 /* The factor after the first two from which on an id of a block differs from the one before; 1 if it does so earlier,
  * and their number if it is the same. */
 static Size first_new(const Chain *chain, Size number)
@@ -168,7 +174,7 @@ static Size first_new(const Chain *chain, Size number)
     const Block *block = &chain->block;
     if (!number || block->slot[number] != block->slot[number - 1]) return 1;
     Size k = chain->factors;
-    while (k > 2 && chain->part[k - 1].beginning != block->other[number] / chain->part[k - 1].later) k--;
+    while (k > 2 && chain->part[k - 1].beginning != beginning_of(chain->part + k - 1, block->other[number])) k--;
     return k;
 }
 
@@ -182,8 +188,8 @@ static inline __attribute__((always_inline)) void make(Chain *chain, Size number
     second->made = block->made + start, second->of_made = block->of_made + start;
     for (Size k = from < 2 ? 2 : from; k < chain->factors; k++) {
         Part *part = chain->part + k;
-        part->beginning = block->other[number] / part->later;
-        part->at = part->beginning % part->digits * part->across;
+        part->beginning = beginning_of(part, block->other[number]);
+        part->at = (k > 2 ? part->beginning % part->digits : part->beginning) * part->across;
         if (k + 1 == chain->factors && !whole) return;
         const Matrix left = {part[-1].made, part->rank, 1};
         const Matrix right = {part->values + part->at, part->digits * part->across, 1};
@@ -200,19 +206,21 @@ int rows(Size count, const Size *order, const Size *ids, const Size *places, con
     Chain chain;
     if (begin(&chain, factors, digits, widths, ranks, values, NULL)) return 1;
     const Size width = chain.width;
+    const int in_place = !places && factors > 2;
+    Part *last = chain.part + factors - 1;
     for (Size at = 0; at < count; at += chain.block.ids) {
         next_block(&chain, count - at, order + at, ids);
         make_block(&chain);
         for (Size n = 0; n < chain.block.ids; n++) {
-            const Size k = order[at + n], place = places ? places[k] : k;
+            const Size k = order[at + n], from = first_new(&chain, n);
             ask_for_row(at + n, count, order, places, out, width);
-            make(&chain, n, first_new(&chain, n), 1);
-            const REAL *row = chain.part[factors - 1].made;
-            REAL *to = out + place * width;
+            REAL *to = out + (places ? places[k] : k) * width;
+            if (in_place && from < factors) last->made = to;
+            make(&chain, n, from, 1);
             if (places)
-                add(width, weights ? weights[k] : 1, row, to);
-            else
-                memcpy(to, row, sizeof(REAL) * width);
+                add(width, weights ? weights[k] : 1, last->made, to);
+            else if (last->made != to)
+                copy(width, last->made, to);
         }
     }
     free(chain.memory);
