@@ -206,7 +206,7 @@ def _seconds_of_rows(chain: list[Tensor], ids: Tensor, *, in_blocks: bool) -> fl
     if compiled is None:
         return None
     rows = torch.empty(len(ids), math.prod([f.shape[-2] for f in chain[:-1]]) * chain[-1].shape[-1], device="cpu")
-    order = ids.argsort()
+    order = compiled.order(chain, ids, None)
     read = _seconds(lambda: compiled.rows(chain, order, ids, None, None, rows))
     learned = _seconds(lambda: compiled.gradients(chain, order, ids, None, None, rows))
     return (read + learned) / 3

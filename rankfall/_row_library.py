@@ -4,7 +4,7 @@
 import ctypes
 from collections.abc import Sequence
 from ctypes import c_int64, c_void_p
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import torch
@@ -49,8 +49,7 @@ class Library:
             ids: As for `rows`.
             places: Less than 0 for a row that is left out, int64; None for no places.
         """
-        order = torch.empty_like(ids)
-        digits = (c_int64 * len(chain))(*_digits(chain))
+        order, (digits, *_) = torch.empty_like(ids), _sizes(*[f.shape for f in chain])
         kept = self._order(len(ids), ids.data_ptr(), address(places), len(chain), digits, order.data_ptr())
         _check(kept < 0)
         return order if kept == len(ids) else order[:kept]
@@ -97,17 +96,16 @@ class Library:
 def _arguments(
     chain: Sequence[Tensor], order: Tensor, ids: Tensor, places: Tensor | None, weights: Tensor | None
 ) -> tuple[Any, ...]:
-    first, *others = chain
-    widths = [first.shape[1], *(factor.shape[2] for factor in others)]
-    ranks = [*(len(factor) for factor in others), 1]
-    sizes = ((c_int64 * len(chain))(*numbers) for numbers in (_digits(chain), widths, ranks))
     of_ids = order.data_ptr(), ids.data_ptr(), address(places), address(weights)
-    return len(order), *of_ids, len(chain), *sizes, addresses(chain)
+    return len(order), *of_ids, len(chain), *_sizes(*[f.shape for f in chain]), addresses(chain)
 
 
-def _digits(chain: Sequence[Tensor]) -> list[int]:
-    first, *others = chain
-    return [len(first), *(factor.shape[1] for factor in others)]
+@lru_cache
+def _sizes(first: torch.Size, *others: torch.Size) -> tuple["ctypes.Array[c_int64]", ...]:
+    """Digits, widths and ranks of a chain, as C reads them."""
+    digits, widths = (first[0], *(shape[1] for shape in others)), (first[1], *(shape[2] for shape in others))
+    ranks = (*(shape[0] for shape in others), 1)
+    return tuple((c_int64 * len(digits))(*numbers) for numbers in (digits, widths, ranks))
 
 
 def _check(failed: bool) -> None:
