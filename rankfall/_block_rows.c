@@ -82,11 +82,12 @@ static inline Size place_in(const Table *t, Size id, Size *slot, Size *last)
     return *slot * t->before * t->down + (id - head * t->tails) * t->after;
 }
 
-/* As in _sorted_rows.c, of two factors. */
+/* As in _sorted_rows.c, of two factors; nothing is kept. */
 int rows(Size count, const Size *order, const Size *ids, const Size *places, const REAL *weights, Size factors,
-         const Size *digits, const Size *widths, const Size *ranks, const REAL *const *values, REAL *out)
+         const Size *digits, const Size *widths, const Size *ranks, const REAL *const *values, REAL *out, REAL *kept)
 {
     Table t;
+    (void)kept;
     if (factors != 2 || begin(&t, digits, widths, ranks, values[1], 0)) return 1;
     const Size width = t.before * t.after;
     for (Block block = {0}; block.end < count;) {
@@ -130,9 +131,11 @@ static void gather(Table *t, Block block, const Size *order, const Size *ids, co
 /* As in _sorted_rows.c, of two factors; `gradients` and `of_weights` hold zeros at first. */
 int gradients_of_rows(Size count, const Size *order, const Size *ids, const Size *places, const REAL *weights,
                       Size factors, const Size *digits, const Size *widths, const Size *ranks,
-                      const REAL *const *values, const REAL *gradient, REAL *const *gradients, REAL *of_weights)
+                      const REAL *const *values, const REAL *gradient, REAL *const *gradients, REAL *of_weights,
+                      REAL *kept)
 {
     Table t;
+    (void)kept;
     if (factors != 2 || begin(&t, digits, widths, ranks, values[1], 1)) return 1;
     for (Block block = {0}; block.end < count;) {
         block = next_block(&t, block.end, count, order, ids, values[0]);

@@ -22,6 +22,20 @@ PASS_CALL = 3e-8
 """Seconds that each product of a pass takes besides its operations."""
 
 
+_MOST_KEPT = 1 << 19  # Numbers: what is more is sooner made anew than read from memory.
+
+
+def room(chain: Sequence[Tensor], order: Tensor) -> Tensor | None:
+    """What the products of the first two factors of a chain can be kept in; None if there would be many.
+
+    Args:
+        chain: As for `Library.rows`.
+        order: As for `Library.rows`.
+    """
+    numbers = len(order) * chain[0].shape[1] * chain[1].shape[2:].numel()
+    return chain[0].new_empty(numbers) if len(chain) > 2 and numbers <= _MOST_KEPT else None
+
+
 class Library:
     """The functions of one of them for numbers of one type.
 
@@ -37,7 +51,7 @@ class Library:
         one = c_void_p
         self._order, self._rows, self._gradients = loaded.order_of, loaded.rows, loaded.gradients_of_rows
         self._order.argtypes, self._order.restype = (c_int64, one, one, c_int64, one, one), c_int64
-        self._rows.argtypes = (c_int64, one, one, one, one, c_int64, one, one, one, one, one)
+        self._rows.argtypes = (c_int64, one, one, one, one, c_int64, one, one, one, one, one, one)
         self._gradients.argtypes = (*self._rows.argtypes, one, one)
         _try(self, dtype)
 
@@ -62,6 +76,7 @@ class Library:
         places: Tensor | None,
         weights: Tensor | None,
         out: Tensor,
+        kept: Tensor | None = None,
     ) -> None:
         """Writes row ids[k] of a chain to row k of `out`, or adds weights[k] times it to row places[k].
 
@@ -73,8 +88,9 @@ class Library:
             places: As for `order`; None for no places.
             weights: None for 1.
             out: Holds zeros, if there are places.
+            kept: What `room` gives, for `gradients`.
         """
-        _check(self._rows(*_arguments(chain, order, ids, places, weights), out.data_ptr()))
+        _check(self._rows(*_arguments(chain, order, ids, places, weights), out.data_ptr(), address(kept)))
 
     def gradients(
         self,
@@ -84,11 +100,12 @@ class Library:
         places: Tensor | None,
         weights: Tensor | None,
         gradient: Tensor,
+        kept: Tensor | None = None,
     ) -> tuple[list[Tensor], Tensor | None]:
         """Those of the factors, and of the weights if there are any, from the gradient of `out`."""
         of_factors = [torch.zeros_like(factor) for factor in chain]
         of_weights = None if weights is None else torch.zeros_like(weights)
-        found = addresses(of_factors), address(of_weights)
+        found = addresses(of_factors), address(of_weights), address(kept)
         _check(self._gradients(*_arguments(chain, order, ids, places, weights), gradient.data_ptr(), *found))
         return of_factors, of_weights
 

@@ -151,11 +151,13 @@ static void next_block(Chain *chain, Size count, const Size *order, const Size *
     chain->part[1].at = digit * second->across;
 }
 
-/* The products of its first two factors. */
-static void make_block(Chain *chain)
+/* The products of its first two factors; where some are kept, at the end of those, or if they are `there`, from there. */
+static void make_block(Chain *chain, REAL **kept, int there)
 {
-    const Block *block = &chain->block;
+    Block *block = &chain->block;
     const Part *part = chain->part + 1;
+    if (*kept) block->made = *kept, *kept += block->firsts * part->before * part->across;
+    if (*kept && there) return;
     const Matrix left = {block->left, part->rank, 1};
     const Matrix right = {part->values + part->at, part->digits * part->across, 1};
     product(block->firsts * part->before, part->across, part->rank, left, right, block->made, part->across, 0);
@@ -198,10 +200,11 @@ static inline __attribute__((always_inline)) void make(Chain *chain, Size number
 }
 
 /* Row ids[k] for each k in `order`, as order_of gives it, goes to row k of `out`. Or where there are places, weights[k]
- * times it is added to row places[k], which holds zeros at first. Without weights they are 1. Returns 0, or 1 if there
- * is no memory. */
+ * times it is added to row places[k], which holds zeros at first. Without weights they are 1. The products of the first
+ * two factors are written to `kept`, if it is not NULL: one for each id at most. Returns 0, or 1 if there is no
+ * memory. */
 int rows(Size count, const Size *order, const Size *ids, const Size *places, const REAL *weights, Size factors,
-         const Size *digits, const Size *widths, const Size *ranks, const REAL *const *values, REAL *out)
+         const Size *digits, const Size *widths, const Size *ranks, const REAL *const *values, REAL *out, REAL *kept)
 {
     Chain chain;
     if (begin(&chain, factors, digits, widths, ranks, values, NULL)) return 1;
@@ -210,7 +213,7 @@ int rows(Size count, const Size *order, const Size *ids, const Size *places, con
     Part *last = chain.part + factors - 1;
     for (Size at = 0; at < count; at += chain.block.ids) {
         next_block(&chain, count - at, order + at, ids);
-        make_block(&chain);
+        make_block(&chain, &kept, 0);
         for (Size n = 0; n < chain.block.ids; n++) {
             const Size k = order[at + n], from = first_new(&chain, n);
             ask_for_row(at + n, count, order, places, out, width);
@@ -278,10 +281,11 @@ static void hand_on_block(Chain *chain)
 }
 
 /* Adds to `gradients`, of the shapes of the factors, what the gradient of `out` has to say of them; and writes that of
- * the weights, where it is asked for. */
+ * the weights, where it is asked for. If `kept` is not NULL, it holds what `rows` has written there. */
 int gradients_of_rows(Size count, const Size *order, const Size *ids, const Size *places, const REAL *weights,
                       Size factors, const Size *digits, const Size *widths, const Size *ranks,
-                      const REAL *const *values, const REAL *gradient, REAL *const *gradients, REAL *of_weights)
+                      const REAL *const *values, const REAL *gradient, REAL *const *gradients, REAL *of_weights,
+                      REAL *kept)
 {
     Chain chain;
     if (begin(&chain, factors, digits, widths, ranks, values, gradients)) return 1;
@@ -293,7 +297,7 @@ int gradients_of_rows(Size count, const Size *order, const Size *ids, const Size
     Part *last = chain.part + factors - 1;
     for (Size at = 0; at < count; at += chain.block.ids) {
         next_block(&chain, count - at, order + at, ids);
-        if (factors > 2 || of_weights) make_block(&chain);
+        if (factors > 2 || of_weights) make_block(&chain, &kept, 1);
         for (Size n = 0; n < chain.block.ids; n++) {
             const Size k = order[at + n], from = first_new(&chain, n);
             const REAL *its = gradient + (places ? places[k] : k) * width;

@@ -14,7 +14,7 @@ from rankfall._chain import chain_rows
 from rankfall._compiled import is_unseen
 from rankfall._einsum import Plan
 from rankfall._machine import machine
-from rankfall._row_library import PASS_CALL, library
+from rankfall._row_library import PASS_CALL, library, room
 from rankfall._rows import Bags, Rows, may_look_at
 
 # Fitted to what passes take, with their gradients.
@@ -148,7 +148,8 @@ class SortedRows(Rows):
         chain = [factor.contiguous() for factor in self.chain]
         if len(chain) == 1:
             chain = [chain[0].new_ones(1, 1, 1), chain[0].unsqueeze(0)]
-        found: Tensor = _Read.apply(ids, places, weights, count, self.in_blocks, *chain)  # pyright: ignore
+        learns = torch.is_grad_enabled() and any(f.requires_grad for f in chain)
+        found: Tensor = _Read.apply(ids, places, weights, count, self.in_blocks, learns, *chain)  # pyright: ignore
         return found if found.shape[1] == self.width else found[:, : self.width]
 
 
@@ -163,6 +164,7 @@ class _Read(torch.autograd.Function):
         weights: Tensor | None,
         count: int,
         in_blocks: bool,
+        learns: bool,
         *chain: Tensor,
     ) -> Tensor:
         width = chain[0].shape[1]
@@ -173,20 +175,21 @@ class _Read(torch.autograd.Function):
         assert compiled is not None
         assert len({factor.dtype for factor in chain}) == 1, "compiled code would read past the end of narrower ones"
         order = compiled.order(chain, ids, places)
-        compiled.rows(chain, order, ids, places, weights, out)
-        ctx.save_for_backward(order, ids, places, weights, *chain)
+        kept = room(chain, order) if learns else None
+        compiled.rows(chain, order, ids, places, weights, out, kept)
+        ctx.save_for_backward(order, ids, places, weights, kept, *chain)
         ctx.count, ctx.in_blocks = count, in_blocks
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401  autograd's  # pyright: ignore
-        order, ids, places, weights, *chain = ctx.saved_tensors
+        order, ids, places, weights, kept, *chain = ctx.saved_tensors
         if torch.is_grad_enabled():
             return _differentiable(ids, places, weights, ctx.count, chain, gradient)
         compiled = library(gradient.dtype, in_blocks=ctx.in_blocks)
         assert compiled is not None
-        of_chain, of_weights = compiled.gradients(chain, order, ids, places, weights, gradient.contiguous())
-        return None, None, of_weights, None, None, *of_chain
+        of_chain, of_weights = compiled.gradients(chain, order, ids, places, weights, gradient.contiguous(), kept)
+        return None, None, of_weights, None, None, None, *of_chain
 
 
 def _differentiable(
@@ -203,4 +206,4 @@ def _differentiable(
     wanted = [t for t in inputs if t.requires_grad]
     found = iter(torch.autograd.grad(rows, wanted, gradient, create_graph=True))
     of_inputs = [next(found) if t.requires_grad else None for t in inputs]
-    return None, None, *(of_inputs[len(chain) :] or [None]), None, None, *of_inputs[: len(chain)]
+    return None, None, *(of_inputs[len(chain) :] or [None]), None, None, None, *of_inputs[: len(chain)]
