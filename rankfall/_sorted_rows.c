@@ -53,7 +53,7 @@ typedef struct {
     int held;      /* if there is anything of it yet. */
 } Part;
 
-enum { MOST_IDS = 128, ROOM = 1 << 12 }; /* Ids of a block, and numbers that its products have, if one has no more. */
+enum { MOST_IDS = 128, ROOM = 1 << 14 }; /* Ids of a block, and numbers that its products have, if one has no more. */
 
 /* Ids that have their second digit in common, and the products of the first two factors for the first digits that they
  * have, one below the other. */
