@@ -8,8 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,12 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import rankfall as rf
 from laws import make, naive_dense
 from rankfall import _lookup, _sorted_rows
-from rankfall._chain import chain_rows, is_chain
+from rankfall._chain import is_chain
 from rankfall._einsum import shapes_of
 from rankfall._machine import Machine, use
 from rankfall._row_library import library
-from rankfall._rows import Bags
-from rankfall._sorted_rows import SortedRows, may_pass
+from rankfall._sorted_rows import may_pass
 from table_rows import check_rows, gradients_match, layer_around
 
 pytestmark = pytest.mark.skipif(library(torch.float64) is None, reason="no C compiler")
@@ -48,91 +45,6 @@ def passes(request, made, monkeypatch):
 
     monkeypatch.setattr(_lookup, "reading", reading)
     return made
-
-
-@st.composite
-def chains(draw):
-    """Factors of a chain, of one or more, with ranks from 0 on."""
-    count = draw(st.integers(1, 5))
-    sides = st.integers(1, 5)
-    digits, widths = ([draw(sides) for _ in range(count)] for _ in range(2))
-    widths[0] = draw(st.sampled_from([1, 3, 4, 9, 17]))
-    ranks = [draw(st.sampled_from([0, 1, 2, 3, 5, 17, 20])) for _ in range(count - 1)]
-    dtype = draw(st.sampled_from([torch.float32, torch.float64]))
-    return chain_and_ids(digits, widths, ranks, draw(st.integers(0, 40)), dtype, draw(st.integers(0, 99)))
-
-
-def chain_and_ids(digits, widths, ranks, count, dtype=torch.float64, seed=0):
-    bonds = [1, *ranks, 1]
-    shapes = [[bonds[k], digits[k], widths[k], bonds[k + 1]] for k in range(len(digits))]
-    shapes[0], shapes[-1] = shapes[0][1:], shapes[-1][:-1]
-    if len(digits) == 1:
-        shapes = [[digits[0], widths[0]]]
-    generator = torch.Generator().manual_seed(seed)
-    chain = [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
-    return chain, torch.randint(math.prod(digits), (count,), generator=generator)
-
-
-def agree(found, wanted, leaves):
-    """Values and gradients, those of float32 to its digits."""
-    direction = torch.randn_like(wanted)
-    pairs = [(found.detach(), wanted.detach())]
-    pairs += zip(
-        *(
-            torch.autograd.grad(y, leaves, direction, allow_unused=True, materialize_grads=True)
-            for y in (found, wanted)
-        ),
-        strict=True,
-    )
-    tolerance = 1e-10 if wanted.dtype == torch.float64 else 1e-4
-    for ours, theirs in pairs:
-        size = 1 + float(theirs.abs().max()) if theirs.numel() else 1
-        torch.testing.assert_close(ours / size, theirs / size, rtol=0, atol=tolerance)
-
-
-@settings(deadline=None)
-@given(of=chains(), weighted=st.booleans(), seed=st.integers(0, 99))
-def test_rows_and_sums_are_those_of_the_chain(of, weighted, seed):
-    chain, ids = of
-    check_rows_and_sums(chain, ids, weighted, seed, in_blocks=False)
-    if len(chain) == 2:
-        check_rows_and_sums(chain, ids, weighted, seed, in_blocks=True)
-
-
-def check_rows_and_sums(chain, ids, weighted, seed, in_blocks):
-    width = chain_rows(chain, torch.zeros(1, dtype=torch.int64)).shape[1]
-    rows = SortedRows(tuple(chain), ids, width, in_blocks=in_blocks)
-    agree(rows.taken(), chain_rows(chain, ids), chain)
-    generator = torch.Generator().manual_seed(seed)
-    offsets = torch.cat([torch.zeros(1), torch.randint(len(ids) + 1, (5,), generator=generator).sort().values]).long()
-    weights = torch.randn(len(ids), generator=generator, dtype=chain[0].dtype).requires_grad_() if weighted else None
-    out = (ids % 3 == 0) if seed % 2 else None
-    rows = rows.with_zeros(out)
-    for with_last in (False, True):
-        wanted = chain_rows(chain, ids) if out is None else chain_rows(chain, ids).masked_fill(out.unsqueeze(1), 0)
-        wanted = wanted if weights is None else wanted * weights.unsqueeze(1)
-        bags = Bags(offsets, with_last, "sum", None, weights)
-        places, count = bags.places(ids)
-        there = places >= 0
-        sums = wanted.new_zeros(count, width).index_add(0, places[there], wanted[there])
-        agree(rows.reduced(bags), sums, [*chain, *([weights] if weighted else [])])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize(
-    ("digits", "widths", "rank", "ids"),
-    [
-        ((700, 1), (1, 100), 20, 2000),  # Several blocks.
-        ((40, 30), (4, 9), 7, 300),  # Several, and a head's rows are not all wanted.
-        ((5, 400), (3, 31), 4, 90),  # A head is more than a block.
-        ((30, 2), (8, 5), 300, 50),  # More slices than are gone through at once.
-        ((9, 40), (2, 8), 3, 0),
-    ],
-)
-def test_blocks(digits, widths, rank, ids, weighted, dtype):
-    chain, ids = chain_and_ids(digits, widths, (rank,), ids, dtype)
-    check_rows_and_sums(chain, ids, weighted, 1, in_blocks=True)
 
 
 @pytest.mark.parametrize("format", [rf.TTM(4), rf.TT(4)], ids=["TTM", "TT"])
