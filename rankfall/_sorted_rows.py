@@ -21,6 +21,7 @@ from rankfall._rows import Bags, Rows, may_look_at
 _DOWN, _SIDE_BY_SIDE = 8, 16  # The block that is made at once: of a smaller one the time falls by the square root.
 JOINING = 2.5e-5  # Seconds that it takes to call what joins factors for a pass.
 _CACHED = 1 << 18  # Entries of a factor up to which it stays at hand.
+_APART = 16  # Numbers moved in the time that it takes to ask memory for some that stand side by side.
 _SORTED = 60  # Numbers moved in the time that it takes to sort an id among others.
 _AHEAD = 2  # How much faster rows are moved that memory has been asked for beforehand.
 _BLOCK = 1 << 15  # Numbers that a block of a table has, if one head has no more.
@@ -57,11 +58,14 @@ def pass_plan(modes: Sequence[Sequence[int]], ranks: Sequence[int], ids: int) ->
     flops = calls = elements = 0
     for rank, after, digits, columns in zip(ranks, (*ranks[1:], 1), *(m[1:] for m in modes), strict=True):
         beginnings *= digits
-        count = min(ids, beginnings)
-        block = _at_least(width, _DOWN) * _at_least(columns * after, _SIDE_BY_SIDE)
-        flops, calls = flops + round(2 * count * rank * block), calls + count
+        products = min(ids, beginnings)
+        # Of the first two factors there is one product for all first digits that a second one occurs with.
+        together = max(1, products // digits) if not calls else 1
+        products //= together
+        block = _at_least(width * together, _DOWN) * _at_least(columns * after, _SIDE_BY_SIDE)
+        flops, calls = flops + round(2 * products * rank * block), calls + products
         if rank * digits * columns * after > _CACHED:
-            elements += 2 * count * rank * columns * after
+            elements += 2 * products * rank * (columns * after + _APART)
         width *= columns
     # One thread goes through them, while batches of products are shared out among all.
     found = machine()
