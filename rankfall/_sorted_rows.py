@@ -18,14 +18,14 @@ from rankfall._row_library import PASS_CALL, library, room
 from rankfall._rows import Bags, Rows, may_look_at
 
 # Fitted to what passes take, with their gradients.
-_DOWN, _SIDE_BY_SIDE = 8, 16  # The block that is made at once: of a smaller one the time falls by the square root.
+_DOWN, _SIDE_BY_SIDE = 8, 12  # The block that is made at once: of a smaller one the time falls by the square root.
 JOINING = 2.5e-5  # Seconds that it takes to call what joins factors for a pass.
 _CACHED = 1 << 18  # Entries of a factor up to which it stays at hand.
 _APART = 16  # Numbers moved in the time that it takes to ask memory for some that stand side by side.
-_SORTED = 60  # Numbers moved in the time that it takes to sort an id among others.
-_AHEAD = 2  # How much faster rows are moved that memory has been asked for beforehand.
+_SORTED = 80  # Numbers moved in the time that it takes to sort an id among others.
+_AHEAD, _IN_PLACE = 2, 3  # How much faster rows move that memory has been asked for; and that are made where they go.
 _BLOCK = 1 << 15  # Numbers that a block of a table has, if one head has no more.
-_SHORT = 2  # Numbers side by side that take twice as long to move as they would among many.
+_SHORT = 4  # Numbers side by side that take twice as long to move as they would among many.
 _NEAR, _FAR = 8, 3  # How much faster a factor is read from the nearest caches, and from that beyond.
 
 
@@ -71,7 +71,8 @@ def pass_plan(modes: Sequence[Sequence[int]], ranks: Sequence[int], ids: int) ->
     found = machine()
     effort = torch.get_num_threads() * found.slowness_of_passes
     batched = round(effort * flops + calls * found.batched * PASS_CALL)
-    return Plan((), batched, elements + ids * (width + _SORTED) // _AHEAD, batched)
+    moved = ids * width // _IN_PLACE + ids * _SORTED // _AHEAD
+    return Plan((), batched, elements + moved, batched)
 
 
 def blocks_plan(head: Sequence[int], rank: int, tail: Sequence[int], ids: int) -> Plan:
