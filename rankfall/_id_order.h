@@ -28,7 +28,8 @@ static void sort_by_bits(Size count, const Entry *from, Entry *to, int shift, in
 /* Writes the numbers of the ids that have a place, without places of all, to `order`: sorted by the second digit of an
  * id, those alike there by the first one, then by what is left; equal ids as they stand. An id is
  * (first * seconds + second) * others + what is left. Returns how many there are, or -1 if there is no memory. */
-static Size sort_ids(Size count, const Size *ids, const Size *places, Size firsts, Size seconds, Size others, Size *order)
+static Size sort_ids(Size count, const Size *ids, const Size *places, Size firsts, Size seconds, Size others,
+                     Size *order)
 {
     Entry *const memory = malloc(sizeof(Entry) * (2 * count + 1)), *from = memory, *to = memory + count;
     if (!memory) return -1;

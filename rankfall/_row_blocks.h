@@ -75,8 +75,8 @@ static inline __attribute__((always_inline)) void some_rows(
     for (; j < columns; j++) block1(rows, 1, inner, A.start, A, B.start + j, B.down, c + j, c_down, adds);
 }
 
-/* At most 16 columns; of rows `most` at once. Fewer take nearly as long, so where 6 at once would leave some, 5 are made
- * until they leave none, and of 8 rows 4 and 4. */
+/* At most 16 columns; of rows `most` at once. Fewer take nearly as long, so where 6 at once would leave some, it is 5
+ * until they leave none; and of 8 rows 4 and 4. */
 static inline __attribute__((always_inline)) void strip(
     const int most, Size rows, const int columns, Size inner, Matrix A, Matrix B, REAL *c, Size c_down, int adds)
 {

@@ -43,7 +43,7 @@ typedef struct {
     Size across;    /* Its width x the rank after it. */
     Size before;    /* Columns of all factors before it. */
     Size later;     /* How many ids have their digits up to this factor in common, */
-    Size beginning; /* and what is left of an id behind its second digit / later, which tells those apart that have not. */
+    Size beginning; /* and those digits behind the second one, which tell those apart that have not. */
     Size at;        /* Where the slice of the row begins in values. */
     const REAL *values;
     REAL *gradient;
@@ -151,7 +151,8 @@ static void next_block(Chain *chain, Size count, const Size *order, const Size *
     chain->part[1].at = digit * second->across;
 }
 
-/* The products of its first two factors; where some are kept, at the end of those, or if they are `there`, from there. */
+/* The products of its first two factors: made, where they are kept, if some are; or if they are `there`, taken from
+ * there. */
 static void make_block(Chain *chain, REAL **kept, int there)
 {
     Block *block = &chain->block;

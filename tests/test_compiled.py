@@ -66,7 +66,7 @@ def test_another_source_or_processor_is_compiled_anew(anew, monkeypatch, tmp_pat
     library(torch.float32)
     _row_library._library.cache_clear()
     monkeypatch.setattr(_compiled, "_FOLDER", shutil.copytree(_compiled._FOLDER, tmp_path / "copy"))
-    for changed in ("_sorted_rows.c", "_row_blocks.h"):
+    for changed in ("_sorted_rows.c", "_id_order.h", "_row_blocks.h"):
         with (_compiled._FOLDER / changed).open("a") as file:
             file.write("\n")
         _row_library._library.cache_clear()
