@@ -44,8 +44,9 @@ class Bags:
             count, size = ids.shape
             return torch.arange(count, device=ids.device).repeat_interleave(size), count
         sizes = _sizes(self.offsets, len(ids), self.with_last)
-        bags = torch.repeat_interleave(torch.arange(len(sizes), device=ids.device), sizes)
-        return F.pad(bags, (0, len(ids) - len(bags)), value=-1), len(sizes)
+        bags = torch.repeat_interleave(sizes.long())
+        behind = len(ids) - len(bags)
+        return F.pad(bags, (0, behind), value=-1) if behind else bags, len(sizes)
 
 
 def _sizes(offsets: Int[Tensor, " offsets"], ids: int, with_last: bool) -> Int[Tensor, " bags"]:

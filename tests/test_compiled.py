@@ -71,7 +71,7 @@ def test_another_source_or_processor_is_compiled_anew(anew, monkeypatch, tmp_pat
             file.write("\n")
         _row_library._library.cache_clear()
         library(torch.float32)
-    assert len(anew) == 4
+    assert len(anew) == 5
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(anew, monkeypatch, tmp_path):
