@@ -99,8 +99,8 @@ class Way:
 # pass: to form it again makes a training step of three such passes longer by a third of that part.
 _WORTH_FORGETTING, _LITTLE = 1 << 18, 0.05
 # Fitted to benchmarks/planner.py: what a step reads or writes is also brought into the order of axes that its product
-# wants, and a weight is formed piece by piece. Then the seconds that it takes to call all operations of a forward pass.
-_COPIES, _PIECES = 1.5, 1.3
+# wants. Then the seconds that it takes to call all operations of a forward pass.
+_COPIES = 1.5
 _CALLS = {"formed": 3e-5, "halves": 1.3e-4, "cut": 1e-4, "steps": 1.7e-4}
 
 
@@ -148,7 +148,6 @@ def linear_ways(layout: Layout, shapes: Shapes, rows: int) -> list[Way]:
     formed = forming(layout, shapes).plan
     steps = linear_plan(layout, shapes, rows)
     whole = _with_products("formed", formed, rows, (width, out))
-    whole = replace(whole, elements=round(_PIECES * whole.elements))
     again = out * width >= _WORTH_FORGETTING and formed.cost <= _LITTLE * whole.cost
     ways = [
         replace(whole, again=again),
