@@ -16,7 +16,6 @@ from torch import Tensor
 from rankfall._contract import (
     LEAST_RANK,
     cut_at,
-    dense,
     effort_of_mixed,
     forming,
     halves,
@@ -37,6 +36,7 @@ from rankfall._einsum import (
     run,
     shapes_of,
 )
+from rankfall._forming import dense
 from rankfall._layout import Layout
 from rankfall._machine import machine
 from rankfall._products import is_varying, product, sum_of_rows, transposed_product, varying

@@ -17,8 +17,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from rankfall._contract import LEAST_RANK, Halves, dense, halves, matrices
+from rankfall._contract import LEAST_RANK, Halves, halves, matrices
 from rankfall._einsum import shapes_of
+from rankfall._forming import dense
 from rankfall._layout import Layout
 from rankfall._products import multiply_into, pays, product, varying
 

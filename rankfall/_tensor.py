@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rankfall import _contract, _decompose, _matmul
+from rankfall import _contract, _decompose, _forming, _matmul
 from rankfall._divergence import Factors, governed_moments, kl_of_factors, per_slice, second_moments
 from rankfall._formats import Format
 from rankfall._layout import Layout, cut_to
@@ -159,11 +159,11 @@ class LowRankTensor(Sliced):
 
     def dense(self) -> Float[Tensor, "*shape"]:
         """The tensor at the posterior mean; exact, since every format is linear in each of its factors."""
-        return self._filled_up(_contract.dense(self.layout, list(self.factors)), 0)
+        return self._filled_up(_forming.dense(self.layout, list(self.factors)), 0)
 
     def sample(self) -> Float[Tensor, "*shape"]:
         """The tensor at one draw of all factors from the posterior; dense() with rf.Point."""
-        return self._filled_up(_contract.dense(self.layout, self._sampled()), 0)
+        return self._filled_up(_forming.dense(self.layout, self._sampled()), 0)
 
     def linear(
         self, x: Float[Tensor, "*batch in_features"], bias: Float[Tensor, " out_features"] | None = None
