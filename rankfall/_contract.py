@@ -4,16 +4,17 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rankfall._einsum import Axes, Plan, Shapes, contract, plan, planned_once, run, shapes_of
+from rankfall._einsum import BATCH, Axes, Plan, Shapes, contract, plan, planned_once, run, shapes_of
 from rankfall._layout import Layout
 from rankfall._machine import machine
-from rankfall._products import product
+from rankfall._products import product, sum_of_rows
 
 LEAST_RANK = 16
 """Thinner products take two to three times as long on a CPU, so zeros make up for what is missing."""
@@ -197,15 +198,80 @@ def _by_cut(layout: Layout, factors: Sequence[Tensor], bond: int) -> Tensor:
     return whole.view(sizes).transpose(1, 2).reshape(layout.padded_shape)
 
 
-def mixed(left: Float[Tensor, "p q"], right: Float[Tensor, "n q s"]) -> Float[Tensor, "n p s"]:
-    """left @ right[k] for every k. Autograd alone would keep a gradient of `left` for each of them."""
+def mixed(
+    left: Float[Tensor, "p q"], right: Float[Tensor, "n q s"], bias: Float[Tensor, "p s"] | None = None
+) -> Float[Tensor, "n p s"]:
+    """left @ right[k] + bias for every k. Autograd alone would keep a gradient of `left` for each of them."""
     if right.shape[2] == 1:
-        return product(right.squeeze(2), left.T).unsqueeze(2)
+        return product(right.squeeze(2), left.T, None if bias is None else bias.squeeze(1)).unsqueeze(2)
     if torch.is_autocast_enabled(right.device.type):
         dtype = torch.get_autocast_dtype(right.device.type)
-        left, right = left.to(dtype), right.to(dtype)
-    value: Tensor = _Mixed.apply(left, right)  # pyright: ignore
+        left, right, bias = left.to(dtype), right.to(dtype), None if bias is None else bias.to(dtype)
+    value: Tensor = _Mixed.apply(left, right, bias)  # pyright: ignore
     return value
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """A contraction of a factor with a batch of tensors whose own axes come between the batch and theirs.
+
+    By one large product they would come before the batch, and the whole result would have to be brought into order.
+
+    Attributes:
+        turned: Whether the batch stands first.
+        left: The axes of the factor, its own first, the summed ones behind.
+        right: Those of the batch, the summed ones first.
+        summed: How many axes are summed over.
+    """
+
+    turned: bool
+    left: tuple[int, ...]
+    right: tuple[int, ...]
+    summed: int
+
+    def __call__(self, first: Tensor, second: Tensor, bias: Tensor | None) -> Tensor:
+        """The result plus a bias, (*batch, own axes of the factor, own axes of the others)."""
+        factor, many = (second, first) if self.turned else (first, second)
+        batch = many.shape[: many.dim() - len(self.right)]
+        a = factor.permute(self.left)
+        b = many.reshape(math.prod(batch), *many.shape[len(batch) :]).permute(0, *self.right)
+        own, others = a.shape[: a.dim() - self.summed], b.shape[1 + self.summed :]
+        p, q, s = math.prod(own), math.prod(b.shape[1 : 1 + self.summed]), math.prod(others)
+        bias = None if bias is None else bias.view(p, s)
+        return mixed(a.reshape(p, q), b.reshape(len(b), q, s), bias).view(*batch, *own, *others)
+
+    def pays(self, first: Tensor, second: Tensor) -> bool:
+        """Whether it is faster: where products in a batch are as fast as large ones, and not too small."""
+        factor, many = (second, first) if self.turned else (first, second)
+        inner = math.prod([factor.shape[k] for k in self.left[-self.summed :]])
+        p, each = factor.numel() // max(inner, 1), math.prod(many.shape[many.dim() - len(self.right) :])
+        numbers = p * (each // max(inner, 1))
+        large = numbers >= _WORTH_MIXING and many.numel() // max(each, 1) * numbers >= _MANY_MIXED
+        return large and machine().slowness_of_batches <= _AS_FAST
+
+
+# Numbers that each of a batch gives, and all of them, from which `Mixing` is faster than to bring the whole in order.
+_WORTH_MIXING, _MANY_MIXED = 1 << 10, 1 << 18
+_AS_FAST = 1.1
+
+
+@lru_cache(maxsize=4096)
+def mixing(equation: str) -> Mixing | None:
+    """How a contraction of two tensors mixes the axes of one of them with those of a batch; None if it does not."""
+    names, kept = equation.replace(BATCH, ".").split("->")
+    if names.count(",") != 1:
+        return None
+    first, second = names.split(",")
+    turned = first.startswith(".")
+    factor, many = (second, first) if turned else (first, second)
+    summed = [n for n in factor if n in many]
+    own, others = [n for n in kept if n in factor], [n for n in kept[1:] if n in many]
+    if not (many.startswith(".") and "." not in factor and summed and own and others):
+        return None
+    if list(kept) != [".", *own, *others] or len(factor) + len(many) != len(kept) + 2 * len(summed):
+        return None
+    left = tuple(map(factor.index, [*own, *summed]))
+    return Mixing(turned, left, tuple(map(many.index, [*summed, *others])), len(summed))
 
 
 def effort_of_mixed(n: int, p: int, q: int, s: int) -> int:
@@ -216,29 +282,32 @@ def effort_of_mixed(n: int, p: int, q: int, s: int) -> int:
     return round(machine().slowness_of_batches * flops * (1 + NARROW / max(s, 1))) + machine().flops_per_call * n
 
 
-_WORTH_A_CALL = 1_000_000  # Operations of a product beside which the call of it costs little.
+_WORTH_A_CALL = 90_000  # Operations of a product from which to call it takes no longer than to copy for a larger one.
 
 
 class _Mixed(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(left: Tensor, right: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return torch.bmm(left.expand(len(right), *left.shape), right)
+    def forward(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        many = left.expand(len(right), *left.shape)
+        return torch.bmm(many, right) if bias is None else torch.baddbmm(bias, many, right)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # noqa: ANN401  autograd's
-        ctx.save_for_backward(*inputs)
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:  # noqa: ANN401  autograd's
+        ctx.save_for_backward(*inputs[:2])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:  # noqa: ANN401  # pyright: ignore
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401  # pyright: ignore
         left, right = ctx.saved_tensors
-        of_left = of_right = None
+        of_left = of_right = of_bias = None
         if ctx.needs_input_grad[0]:
             of_left = _summed_products(gradient, right)
         if ctx.needs_input_grad[1]:
             of_right = torch.bmm(left.T.expand(len(right), *left.T.shape), gradient)
-        return of_left, of_right
+        if ctx.needs_input_grad[2]:
+            of_bias = sum_of_rows(gradient.reshape(len(gradient), -1)).view(gradient.shape[1:])
+        return of_left, of_right, of_bias
 
 
 def _summed_products(a: Tensor, b: Tensor) -> Tensor:

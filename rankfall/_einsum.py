@@ -186,15 +186,21 @@ def _shared(taken: Sequence[Axes], result: Axes) -> set[str]:
 
 def run(steps: Plan, tensors: Sequence[Tensor]) -> Tensor:
     """Carries out a plan on tensors in the order of its inputs."""
+    pending, last = run_but_last(steps, tensors)
+    return einsum(last, pending)
+
+
+def run_but_last(steps: Plan, tensors: Sequence[Tensor]) -> tuple[list[Tensor], str]:
+    """What the last step of a plan is made of, and its equation."""
     pending = list(tensors)
-    for positions, equation in steps.steps:
+    for positions, equation in steps.steps[:-1]:
         taken = [pending[k] for k in positions]
         pending = [tensor for k, tensor in enumerate(pending) if k not in positions]
-        pending.append(_einsum(equation, taken))
-    return pending[0]
+        pending.append(einsum(equation, taken))
+    return pending, steps.steps[-1][1]
 
 
-def _einsum(equation: str, taken: Sequence[Tensor]) -> Tensor:
+def einsum(equation: str, taken: Sequence[Tensor]) -> Tensor:
     """torch.einsum, with one large product where there is one."""
     if len(taken) == 2 and not torch.compiler.is_compiling() and taken[0].device.type == "cpu":
         large = taken[0].dtype == torch.float32 and taken[0].numel() + taken[1].numel() >= _LARGE_PAIR

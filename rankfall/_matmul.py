@@ -20,6 +20,7 @@ from rankfall._contract import (
     forming,
     halves,
     mixed,
+    mixing,
     plan_of_halves,
     thin_matrices,
 )
@@ -30,10 +31,11 @@ from rankfall._einsum import (
     contract,
     cost_of,
     counted_in_steps,
+    einsum,
     plan,
     planned_once,
     rounded,
-    run,
+    run_but_last,
     shapes_of,
 )
 from rankfall._forming import dense
@@ -223,10 +225,10 @@ def linear_by(way: Way, layout: Layout, factors: Sequence[Tensor], x: Tensor, bi
     if padded_in > in_features:
         x = F.pad(x, (0, padded_in - in_features))
     if way.kind == "steps":
-        y = _in_steps(layout, factors, x)
         modes = layout.modes[0]
-        if bias is not None and padded_out == out_features and _is_laid_faster(y, bias):
-            y, bias = _Laid.apply(y, bias.view(modes)), None  # pyright: ignore
+        fitting = bias if padded_out == out_features else None
+        y, added = _in_steps(layout, factors, x, None if fitting is None else fitting.view(modes))
+        bias = None if added else bias
         y = y.flatten(-len(modes))
     else:
         y = _by_cut(way, layout, factors, x)
@@ -315,10 +317,19 @@ class _TwoThin(torch.autograd.Function):
         return of_x, product(of_between, x) if ctx.needs_input_grad[1] else None, of_a, of_bias
 
 
-def _in_steps(layout: Layout, factors: Sequence[Tensor], x: Tensor) -> Float[Tensor, "..."]:
-    rows = math.prod(x.shape[:-1])
-    steps = linear_plan(layout, shapes_of(factors), rows)
-    return run(steps, [x.unflatten(-1, layout.modes[1]), *factors])
+def _in_steps(
+    layout: Layout, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None
+) -> tuple[Float[Tensor, "..."], bool]:
+    """Y, and whether the bias is in it, which is added where that comes with what is done anyway."""
+    steps = linear_plan(layout, shapes_of(factors), math.prod(x.shape[:-1]))
+    pair, last = run_but_last(steps, [x.unflatten(-1, layout.modes[1]), *factors])
+    mix = mixing(last) if x.device.type == "cpu" and not torch.compiler.is_compiling() else None
+    if mix is not None and mix.pays(pair[0], pair[1]):
+        return mix(pair[0], pair[1], bias), bias is not None
+    y = einsum(last, pair)
+    if bias is None or not _is_laid_faster(y, bias):
+        return y, False
+    return _Laid.apply(y, bias), True  # pyright: ignore
 
 
 def _is_laid_faster(y: Tensor, bias: Tensor) -> bool:

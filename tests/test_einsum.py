@@ -7,7 +7,10 @@ from hypothesis import strategies as st
 import laws
 import rankfall as rf
 from rankfall import _matmul
+from rankfall._contract import Mixing, mixing
 from rankfall._einsum import BATCH, contract, plan, power_of_two, rounded, run, shapes_of
+from rankfall._machine import Machine, use
+from table_rows import gradients_match
 
 
 def test_a_contraction_is_what_matrix_products_give():
@@ -102,3 +105,44 @@ def test_rounded_is_a_little_more_and_takes_few_values(count):
     assert rounded(2 * count) == 2 * rounded(count) or count < 4
     assert count <= power_of_two(count) < max(2 * count, 2)
     assert power_of_two(count).bit_count() == 1
+
+
+EQUATIONS = ("ab,...cb->...ac", "...cb,ab->...ac", "abd,...bcd->...ac", "...bc,dab->...dac", "a,...a->...")
+
+
+@pytest.mark.parametrize("equation", EQUATIONS[:4])
+@given(sizes=st.tuples(*[st.integers(1, 5)] * 4), batch=st.lists(st.integers(1, 4), max_size=2), biased=st.booleans())
+def test_axes_of_a_factor_are_mixed_in_before_those_of_a_batch(equation, sizes, batch, biased):
+    size = dict(zip("abcd", sizes, strict=True))
+    names, kept = equation.split("->")
+    tensors = [
+        torch.randn(*(batch if "..." in axes else []), *(size[n] for n in axes.replace("...", "")), dtype=torch.float64)
+        for axes in names.split(",")
+    ]
+    shape = [size[n] for n in kept.replace("...", "")]
+    bias = torch.randn(*shape, dtype=torch.float64) if biased else None
+    leaves = [t.requires_grad_() for t in (*tensors, *([] if bias is None else [bias]))]
+    mix = mixing(equation)
+    assert mix is not None
+    wanted = torch.einsum(equation, *tensors) + (0 if bias is None else bias)
+    gradients_match(mix(*tensors, bias), wanted, leaves)
+
+
+@pytest.mark.parametrize("equation", [EQUATIONS[4], "ab,...cb->...ca", "ab,bc->ac", "...a->...a", "...ab,...bc->...ac"])
+def test_other_equations_mix_nothing(equation):
+    assert mixing(equation) is None
+
+
+@pytest.mark.parametrize("batched", [1e9, 1e8])
+def test_large_results_are_mixed_where_products_in_batches_are_fast(batched, monkeypatch):
+    use(Machine(flops=1e9, elements=1e8, call=1e-7, convolved=1e9, batched=batched, passed=1e9, blocked=1e9))
+    mixed, call = [], Mixing.__call__
+    monkeypatch.setattr(Mixing, "__call__", lambda *a: mixed.append(a) or call(*a))
+    t = laws.make(rf.Tucker(6, out_modes=(64, 16), in_modes=(4, 3)), (1024, 12), posterior=rf.Point())
+    steps = next(way for way in _matmul.linear_ways(t.layout, shapes_of(t.factors), 300) if way.kind == "steps")
+    for rows in (2, 300):
+        x, bias = torch.randn(rows, 12, dtype=torch.float64), torch.randn(1024, dtype=torch.float64)
+        found = _matmul.linear_by(steps, t.layout, list(t.factors), x, bias)
+        laws.close(found, x @ laws.naive_dense(t, t.factors).T + bias)
+    assert len(mixed) == (batched == 1e9)
+    use(None)

@@ -164,8 +164,8 @@ def test_a_bias_is_added_on_the_way_into_order():
 def test_what_steps_give_is_laid_with_the_bias_unless_it_lies_in_order(turned, monkeypatch):
     laid, apply = [], _matmul._Laid.apply
     monkeypatch.setattr(_matmul._Laid, "apply", lambda *a: laid.append(a[0].shape) or apply(*a))
-    in_steps = _matmul._in_steps
-    monkeypatch.setattr(_matmul, "_in_steps", lambda *a: _in_order(in_steps(*a), turned))
+    einsum = _matmul.einsum
+    monkeypatch.setattr(_matmul, "einsum", lambda *a: _in_order(einsum(*a), turned))
     t = laws.make(rf.Tucker(3, out_modes=(6, 4), in_modes=(4, 3)), (24, 12), posterior=rf.Point())
     bias, x = torch.randn(24, dtype=torch.float64, requires_grad=True), torch.randn(2, 3, 12, dtype=torch.float64)
     steps = next(way for way in _matmul.linear_ways(t.layout, shapes_of(t.factors), 6) if way.kind == "steps")
