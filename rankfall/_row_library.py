@@ -125,7 +125,7 @@ def _sizes(first: torch.Size, *others: torch.Size) -> tuple["ctypes.Array[c_int6
     return tuple((c_int64 * len(digits))(*numbers) for numbers in (digits, widths, ranks))
 
 
-def _check(failed: bool) -> None:
+def _check(failed: int) -> None:
     if failed:
         raise MemoryError("no memory for the product of a table's factors.")
 
