@@ -12,9 +12,9 @@ page faults of large outputs hide the differences.
 Products go by the faster one of torch's libraries in rankfall, MKL or oneDNN, and by MKL in torch's dense layers and in
 peers; "dense by oneDNN" is the dense layer with the products that rankfall makes.
 Peak memory is that of a fresh process for each rival. On a GPU, where most of these steps wait for the host, they are
-also replayed as CUDA graphs where they can be, and memory is what the allocator gave at its peak. Peers that
-are not installed are left out; _peers.py says how they are installed. The versions of the others stand above the table,
-and beside each case in the file.
+also replayed as CUDA graphs where they can be, and memory is what the allocator gave at its peak. Peers that are not
+installed are left out; _peers.py says how they are installed. The versions of the others stand above the table, and
+beside each case in the file.
 """
 
 import argparse

@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeAlias
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankfall import _contract, _forming
+from rankfall import _contract
 from rankfall._einsum import Axes, contract, cost_of, planned_once, rounded, shapes_of
 from rankfall._layout import Layout
 from rankfall._machine import machine
@@ -255,7 +255,7 @@ def convolve_by(
 ) -> Tensor:
     """The same in a given way: whether maps of channels come (before, after) the convolution proper."""
     if not any(maps):
-        return _slide(x, _forming.dense(layout, factors), geometry, geometry.groups)
+        return _slide(x, _contract.dense(layout, factors), geometry, geometry.groups)
     small = small_kernels(layout, factors, maps)
     x = x if small.before is None else _map_channels(x, small.before)
     x = _slide(x, small.kernel, geometry, small.groups)

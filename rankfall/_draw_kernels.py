@@ -112,8 +112,9 @@ class _Chunks(NamedTuple):
 
     Attributes:
         entries: How many there are.
-        chunks: Where the first entry of the slice is in its factor, the first and last entry of the chunk in the slice,
-            how many follow each other, how far those are apart, and the number of the slice; shape (chunks, 6).
+        chunks: For each chunk six numbers: where the slice begins in the buffer, the first entry of the chunk in the
+            slice and that behind its last one, how many entries follow each other, how far those are apart, and the
+            number of the slice.
         chunk_of: The first chunk of each slice, and at last the number of chunks.
         most: How many chunks a slice has at most.
         counts: How many entries each slice governs.
@@ -170,20 +171,18 @@ class KernelDraw:
 
     def __init__(self, prior: Prior, tensors: Sequence[Factors]) -> None:
         self._prior, self._tensors = prior, tensors
-        self._flat: Flat | None = None
-        self._chunks: _Chunks | None = None
+        self._of: tuple[Flat, _Chunks] | None = None
 
     def __call__(self) -> tuple[Tensor, list[list[Tensor]]]:
         """As `draw_with_kl`."""
         flat, parameters = joined_factors(self._tensors)
-        if type(self._prior) not in (HalfCauchy, LogUniform) or any(p.dtype != torch.float32 for p in parameters):
+        usable = type(self._prior) in (HalfCauchy, LogUniform) and all(p.dtype == torch.float32 for p in parameters)
+        if not usable or not 0 < sum(map(Tensor.numel, parameters)) < 2 * _MOST:
             return draw_with_kl(self._prior, self._tensors)
-        if flat is not self._flat:
-            self._flat, self._chunks = flat, _shared_out(flat)
-        if self._chunks is None or not 0 < self._chunks.entries < _MOST:
-            return draw_with_kl(self._prior, self._tensors)
+        if self._of is None or flat is not self._of[0]:
+            self._of = flat, _shared_out(flat)
         with torch.autocast(parameters[0].device.type, enabled=False):
-            value, *draws = _KernelDraw.apply(flat, self._chunks, self._prior, *parameters)  # pyright: ignore
+            value, *draws = _KernelDraw.apply(*self._of, self._prior, *parameters)  # pyright: ignore
         return value, arranged(draws, flat, self._tensors)
 
 

@@ -73,13 +73,18 @@ def check_autocast():
         assert _kernels.own_products(left, matrices, torch.zeros(6, dtype=torch.int64)).dtype == torch.bfloat16
 
 
-def check_the_trial():
-    _kernels.try_on(torch.device("cpu"))
-    products = _kernels._products
-    _kernels._products = lambda *arguments: products(*arguments) + 1
-    with pytest.raises(RuntimeError, match="they give other numbers"):
-        _kernels.try_on(torch.device("cpu"))
-    _kernels._products = products
+def check_the_trials():
+    for kernels, name, report in (
+        (_kernels, "_products", "they give other numbers"),
+        (_draw_kernels, "_gradients", "they give other numbers"),
+        (_draw_kernels, "kl_of_factors", "they give another KL"),
+    ):
+        kernels.try_on(torch.device("cpu"))
+        right = getattr(kernels, name)
+        setattr(kernels, name, lambda *arguments, right=right: right(*arguments) + 1)
+        with pytest.raises(RuntimeError, match=report):
+            kernels.try_on(torch.device("cpu"))
+        setattr(kernels, name, right)
 
 
 def check_tables():
@@ -180,26 +185,16 @@ def check_draws_by_torch():
             assert type(kl.grad_fn).__name__ == "_DrawBackward"
 
 
-def check_the_trial_of_draws():
-    _draw_kernels.try_on(torch.device("cpu"))
-    gradients = _draw_kernels._gradients
-    _draw_kernels._gradients = lambda *arguments: gradients(*arguments) + 1
-    with pytest.raises(RuntimeError, match="they give other numbers"):
-        _draw_kernels.try_on(torch.device("cpu"))
-    _draw_kernels._gradients = gradients
-
-
 if __name__ == "__main__":
     for check in (
         check_draws,
         check_noise,
         check_draws_by_torch,
-        check_the_trial_of_draws,
         check_products,
         check_a_single_gradient,
         check_second_derivatives,
         check_autocast,
-        check_the_trial,
+        check_the_trials,
         check_tables,
     ):
         check()

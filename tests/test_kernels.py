@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import rankfall as rf
-from rankfall import _chain
+from rankfall import _chain, _elbo
 
 triton = pytest.importorskip("triton", reason="the kernels need Triton")
 
@@ -25,7 +25,7 @@ def test_kernels_do_what_torch_does():
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.count("fine") == 10
+    assert run.stdout.count("fine") == 9
 
 
 @pytest.mark.parametrize(("numbers", "architecture"), [("fp32", 75), ("bf16", 80), ("fp64", 90)])
@@ -79,6 +79,8 @@ def test_a_gpu_on_which_kernels_do_not_run_is_served_by_torch(monkeypatch):
         RuntimeWarning, match=r"kernels do not run on cuda \(.+\), so rows of tables are read by torch.bmm"
     ):
         assert not _chain._has_kernels.__wrapped__(torch.device("cuda"))
+    with pytest.warns(RuntimeWarning, match=r"kernels do not run on cuda \(.+\), so factors are drawn by torch"):
+        assert not _elbo._has_kernels.__wrapped__(torch.device("cuda"))
     assert not _chain._has_kernels(torch.device("cpu"))
 
 

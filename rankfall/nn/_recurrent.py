@@ -306,7 +306,8 @@ class LSTM(_Recurrent):
     and at its mean in eval mode, in the order of torch's parameters. On a CPU, for packed
     sequences of different length and where low ranks make the inputs cheap, the inputs of all steps are multiplied at
     once in the cheapest way and the library's own steps, with hand-written gradients, do the rest; otherwise, and on
-    other devices, under autocast and in torch.compile, torch's kernel runs on the formed weights.
+    other devices, under autocast and in torch.compile, torch's kernel runs on the formed weights: cuDNN's where its
+    gradients are those of torch's own, and not in a CUDA graph.
 
     Example:
         >>> layer = rf.nn.LSTM(32, 24, num_layers=2, bidirectional=True, format=rf.TT(max_rank=8))
