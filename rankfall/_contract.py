@@ -296,7 +296,6 @@ class _Mixed(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:  # noqa: ANN401  autograd's
         ctx.save_for_backward(*inputs[:2])
-        ctx.save_for_forward(*inputs[:2])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401  # pyright: ignore
@@ -309,14 +308,6 @@ class _Mixed(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             of_bias = sum_of_rows(gradient.reshape(len(gradient), -1)).view(gradient.shape[1:])
         return of_left, of_right, of_bias
-
-    @staticmethod
-    def jvp(ctx: Any, of_left: Tensor | None, of_right: Tensor | None, of_bias: Tensor | None) -> Tensor:  # noqa: ANN401  # pyright: ignore
-        left, right = ctx.saved_tensors
-        parts = [] if of_left is None else [of_left @ right]
-        parts += [] if of_right is None else [left @ of_right]
-        parts += [] if of_bias is None else [of_bias.expand(len(right), *of_bias.shape)]
-        return torch.stack(parts).sum(0)
 
 
 def _summed_products(a: Tensor, b: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from rankfall._compiled import is_unseen
 from rankfall._contract import (
     LEAST_RANK,
     cut_at,
@@ -323,7 +324,8 @@ def _in_steps(
     """Y, and whether the bias is in it, which is added where that comes with what is done anyway."""
     steps = linear_plan(layout, shapes_of(factors), math.prod(x.shape[:-1]))
     pair, last = run_but_last(steps, [x.unflatten(-1, layout.modes[1]), *factors])
-    mix = mixing(last) if x.device.type == "cpu" and not torch.compiler.is_compiling() else None
+    # Forward derivatives, which a product in a batch has none of, and transforms see einsum.
+    mix = mixing(last) if x.device.type == "cpu" and is_unseen() else None
     if mix is not None and mix.pays(pair[0], pair[1]):
         return mix(pair[0], pair[1], bias), bias is not None
     y = einsum(last, pair)
