@@ -16,6 +16,7 @@ typedef struct {
     Size down;   /* From a row of a block, or of R, to the next: not by a power of two, where caches lose them. */
     Size padded; /* The rank in whole registers. */
     Size most;   /* Heads of a block. */
+    Packing packing;
     REAL *memory, *left, *right, *turned, *made, *of_left, *of_right, *of_made;
 } Table;
 
@@ -25,6 +26,7 @@ static inline Size whole(Size count, Size of) { return (count + of - 1) / of * o
 static int begin(Table *t, const Size *digits, const Size *widths, const Size *ranks, const REAL *right, int learns)
 {
     *t = (Table){.before = widths[0], .rank = ranks[0], .tails = digits[1], .after = widths[1]};
+    t->packing = packing_of(digits[0], 1, digits[1]);
     t->columns = t->tails * t->after;
     t->down = whole(t->columns, 16) + 16, t->padded = whole(t->rank, 8);
     t->most = ROOM / (t->before * t->down) > 1 ? ROOM / (t->before * t->down) : 1;
@@ -53,11 +55,11 @@ typedef struct {
 } Block;
 
 /* The ids of the next heads, whose rows of L are gathered. */
-static Block next_block(Table *t, Size at, Size count, const Size *order, const Size *ids, const REAL *left)
+static Block next_block(Table *t, Size at, Size count, const Entry *order, const REAL *left)
 {
     Block block = {at, at, 0};
     for (Size last = -1; block.end < count; block.end++) {
-        const Size head = ids[order[block.end]] / t->tails;
+        const Size head = first_in(&t->packing, order[block.end].key);
         if (head == last) continue;
         if (block.heads == t->most) break;
         for (Size b = 0; b < t->before; b++)
@@ -75,28 +77,28 @@ static void make(Table *t, Size heads)
 }
 
 /* Where in a block the row of an id begins, after that of another; `slot` is the number of its head there. */
-static inline Size place_in(const Table *t, Size id, Size *slot, Size *last)
+static inline Size place_in(const Table *t, uint64_t key, Size *slot, Size *last)
 {
-    const Size head = id / t->tails;
+    const Size head = first_in(&t->packing, key);
     if (head != *last) ++*slot, *last = head;
-    return *slot * t->before * t->down + (id - head * t->tails) * t->after;
+    return *slot * t->before * t->down + other_in(&t->packing, key) * t->after;
 }
 
 /* As in _sorted_rows.c, of two factors; nothing is kept. */
-int rows(Size count, const Size *order, const Size *ids, const Size *places, const REAL *weights, Size factors,
-         const Size *digits, const Size *widths, const Size *ranks, const REAL *const *values, REAL *out, REAL *kept)
+int rows(Size count, const Entry *order, const Size *places, const REAL *weights, Size factors, const Size *digits,
+         const Size *widths, const Size *ranks, const REAL *const *values, REAL *out, REAL *kept)
 {
     Table t;
     (void)kept;
     if (factors != 2 || begin(&t, digits, widths, ranks, values[1], 0)) return 1;
     const Size width = t.before * t.after;
     for (Block block = {0}; block.end < count;) {
-        block = next_block(&t, block.end, count, order, ids, values[0]);
+        block = next_block(&t, block.end, count, order, values[0]);
         make(&t, block.heads);
         Size slot = -1, last = -1;
         for (Size n = block.at; n < block.end; n++) {
-            const Size k = order[n], place = places ? places[k] : k;
-            const REAL *from = t.made + place_in(&t, ids[k], &slot, &last);
+            const Size k = order[n].number, place = places ? places[k] : k;
+            const REAL *from = t.made + place_in(&t, order[n].key, &slot, &last);
             ask_for_row(n, block.end, order, places, out, width);
             REAL *to = out + place * width;
             for (Size b = 0; b < t.before; b++, from += t.down, to += t.after)
@@ -111,14 +113,15 @@ int rows(Size count, const Size *order, const Size *ids, const Size *places, con
 }
 
 /* Adds up the gradients of a block's rows; and writes those of weights, for which the block has been made. */
-static void gather(Table *t, Block block, const Size *order, const Size *ids, const Size *places, const REAL *weights,
+static void gather(Table *t, Block block, const Entry *order, const Size *places, const REAL *weights,
                    const REAL *gradient, REAL *of_weights)
 {
     const Size width = t->before * t->after;
     memset(t->of_made, 0, sizeof(REAL) * block.heads * t->before * t->down);
     Size slot = -1, last = -1;
     for (Size n = block.at; n < block.end; n++) {
-        const Size k = order[n], place = places ? places[k] : k, start = place_in(t, ids[k], &slot, &last);
+        const Size k = order[n].number, place = places ? places[k] : k;
+        const Size start = place_in(t, order[n].key, &slot, &last);
         ask_for_row(n, block.end, order, places, gradient, width);
         const REAL *from = gradient + place * width;
         for (Size b = 0; b < t->before; b++, from += t->after) {
@@ -128,26 +131,26 @@ static void gather(Table *t, Block block, const Size *order, const Size *ids, co
     }
 }
 
-/* As in _sorted_rows.c, of two factors; `gradients` and `of_weights` hold zeros at first. */
-int gradients_of_rows(Size count, const Size *order, const Size *ids, const Size *places, const REAL *weights,
-                      Size factors, const Size *digits, const Size *widths, const Size *ranks,
-                      const REAL *const *values, const REAL *gradient, REAL *const *gradients, REAL *of_weights,
-                      REAL *kept)
+/* As in _sorted_rows.c, of two factors; `of_weights` holds zeros at first. */
+int gradients_of_rows(Size count, const Entry *order, const Size *places, const REAL *weights, Size factors,
+                      const Size *digits, const Size *widths, const Size *ranks, const REAL *const *values,
+                      const REAL *gradient, REAL *const *gradients, REAL *of_weights, REAL *kept)
 {
     Table t;
     (void)kept;
     if (factors != 2 || begin(&t, digits, widths, ranks, values[1], 1)) return 1;
+    if (t.rank) memset(gradients[0], 0, sizeof(REAL) * digits[0] * t.before * t.rank);
     for (Block block = {0}; block.end < count;) {
-        block = next_block(&t, block.end, count, order, ids, values[0]);
+        block = next_block(&t, block.end, count, order, values[0]);
         if (of_weights) make(&t, block.heads);
-        gather(&t, block, order, ids, places, weights, gradient, of_weights);
+        gather(&t, block, order, places, weights, gradient, of_weights);
         const Size rows = block.heads * t.before;
         const Matrix left = {t.left, 1, t.padded}, of_made = {t.of_made, t.down, 1}, turned = {t.turned, t.padded, 1};
         product(whole(t.rank, 2), t.columns, rows, left, of_made, t.of_right, t.down, 1);
         product(rows, t.padded, t.columns, of_made, turned, t.of_left, t.padded, 0);
         Size slot = -1, last = -1;
         for (Size n = block.at; n < block.end; n++) {
-            const Size head = ids[order[n]] / t.tails;
+            const Size head = first_in(&t.packing, order[n].key);
             if (head == last) continue;
             slot++, last = head;
             for (Size b = 0; b < t.before; b++)
@@ -161,8 +164,8 @@ int gradients_of_rows(Size count, const Size *order, const Size *ids, const Size
 }
 
 /* Sorted as they are, by their heads. */
-Size order_of(Size count, const Size *ids, const Size *places, Size factors, const Size *digits, Size *order)
+Size order_of(Size count, const Size *ids, const Size *places, Size factors, const Size *digits, Entry *order)
 {
-    (void)factors, (void)digits;
-    return sort_ids(count, ids, places, 1, 1, 1, order);
+    (void)factors;
+    return sort_ids(count, ids, places, packing_of(digits[0], 1, digits[1]), order);
 }

@@ -65,6 +65,8 @@ def chain_of(layout: Layout, factors: Sequence[Tensor], joined: Joined = APART) 
         Tensors of shape (rows, columns, rank), (rank, rows, columns, rank), ..., (rank, rows, columns); if there is one
         only, (rows, columns). Where a factor has no mode of an axis, its size is 1.
     """
+    if joined == APART and is_chain_of_matrices(layout):
+        return list(factors)
     parts = zip(parts_of(len(factors), joined), _joint_sizes(layout, joined), strict=True)
     return [_joint_factor(layout, factors, part, sizes) for part, sizes in parts]
 

@@ -8,6 +8,7 @@ the size of a bond. Everything that rankfall computes, from contraction to pruni
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, TypeAlias
 
 from rankfall._einsum import Axes, planned_once
@@ -34,6 +35,18 @@ class Layout:
     factors: tuple[Axes, ...]
     governs: tuple[tuple[str, tuple[tuple[int, int], ...]], ...]
     core: int | None = None
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        # Asked for several times in each step.
+        return hash(self.parts)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Without what is kept: texts have other hashes in another process.
+        return Layout, self.parts
 
     @property
     def parts(self) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -36,7 +37,7 @@ from rankfall._contract import (
 from rankfall._einsum import Axes, Plan, Shapes, contract, cost_of, plan, planned_once, rounded, run, shapes_of
 from rankfall._layout import Layout
 from rankfall._machine import machine
-from rankfall._row_library import MOST_FACTORS
+from rankfall._row_library import MOST_FACTORS, MOST_ROWS
 from rankfall._rows import OwnRows, Rows, TableRows, may_look_at
 from rankfall._sorted_rows import JOINING, SortedRows, blocks_plan, may_pass, pass_plan
 
@@ -178,6 +179,7 @@ def readings(layout: Layout, shapes: Shapes, ids: int, outputs: int, compiled: b
     else:
         for joined in (APART, *_joinable(layout, distinct)):
             consider(False, None, 0, _plan_of_chain(layout, shapes, distinct, joined), width, joined)
+    compiled = compiled and layout.padded_shape[0] < MOST_ROWS
     return [*found, *_by_compiled_code(layout, shapes, ids)] if compiled else found
 
 
@@ -310,7 +312,9 @@ def read(layout: Layout, factors: Sequence[Tensor], ids: Int[Tensor, "*ids"], ou
 def read_by(way: Reading, layout: Layout, factors: Sequence[Tensor], ids: Int[Tensor, "*ids"]) -> Rows:
     """The same in a given way."""
     if way.compiled:
-        with torch.autocast("cpu", enabled=False):  # Compiled code takes factors of one type.
+        # Compiled code takes factors of one type.
+        narrows = torch.is_autocast_enabled("cpu")
+        with torch.autocast("cpu", enabled=False) if narrows else nullcontext():
             chain = _chain_by(way, layout, factors)
         return SortedRows(chain, ids, layout.shape[1], in_blocks=way.forms_table)
     after = first = None

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rankfall._files import cache_folder, write_atomic
 from rankfall._onednn import by_onednn, has_onednn
-from rankfall._row_library import PASS_CALL, library
+from rankfall._row_library import PASS_CALL, library, sizes_of
 
 _MOST_UNUSUAL = 8.0  # A figure that is further from the usual one than this was measured beside something else.
 _ROUNDS = 5
@@ -206,9 +206,9 @@ def _seconds_of_rows(chain: list[Tensor], ids: Tensor, *, in_blocks: bool) -> fl
     if compiled is None:
         return None
     rows = torch.empty(len(ids), math.prod([f.shape[-2] for f in chain[:-1]]) * chain[-1].shape[-1], device="cpu")
-    order = compiled.order(chain, ids, None)
-    read = _seconds(lambda: compiled.rows(chain, order, ids, None, None, rows))
-    learned = _seconds(lambda: compiled.gradients(chain, order, ids, None, None, rows))
+    order = compiled.order(sizes_of(chain), ids, None)
+    read = _seconds(lambda: compiled.rows(chain, order, None, None, rows))
+    learned = _seconds(lambda: compiled.gradients(chain, order, None, None, rows))
     return (read + learned) / 3
 
 

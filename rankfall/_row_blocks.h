@@ -199,15 +199,3 @@ static void turn_over(Size rows, Size columns, const REAL *from, Size down, REAL
     for (; i < rows; i++)
         for (Size j = 0; j < columns; j++) to[j * to_down + i] = from[i * down + j];
 }
-
-/* Rows may stand anywhere in memory, which is asked for those that are wanted soon. Compilers leave out calls of such
- * functions, which change nothing, unless they are inlined before that is found out. */
-enum { AHEAD = 2 };
-
-static inline __attribute__((always_inline)) void ask_for_row(
-    Size n, Size end, const Size *order, const Size *places, const REAL *table, Size width)
-{
-    if (n + AHEAD >= end) return;
-    const Size k = order[n + AHEAD], place = places ? places[k] : k;
-    for (Size j = 0; j < width; j += 64 / sizeof(REAL)) __builtin_prefetch(table + place * width + j);
-}

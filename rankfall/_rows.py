@@ -17,7 +17,7 @@ _MANY = 4096  # Ids at which a function of our own has paid for its call.
 
 def may_look_at(values: Tensor) -> bool:
     """Whether a decision may hang on what a tensor holds: no graph has it, and the host would wait for a GPU."""
-    return values.device.type == "cpu" and not torch.compiler.is_compiling()
+    return values.is_cpu and not torch.compiler.is_compiling()
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ enum { MOST_IDS = 128, ROOM = 1 << 14 }; /* Ids of a block, and numbers that its
 /* Ids that have their second digit in common, and the products of the first two factors for the first digits that they
  * have, one below the other. */
 typedef struct {
-    Size ids, firsts;
+    Size ids, firsts, second; /* How many, and the second digit. */
     Size first[MOST_IDS]; /* The first digits, in order. */
     Size slot[MOST_IDS];  /* Of each id the number of its first digit among them, */
     Size other[MOST_IDS]; /* and what is left of it behind the second one. */
@@ -70,7 +70,9 @@ typedef struct {
     Part part[MOST_FACTORS];
     Block block;
     Size factors, width;
-    Size most; /* First digits of a block. */
+    Size most;   /* First digits of a block. */
+    Size second; /* Up to which second digit, it not included, the gradient of the second factor is there. */
+    Packing packing;
     REAL *memory, *turned;
 } Chain;
 
@@ -93,6 +95,7 @@ static int begin(Chain *chain, Size factors, const Size *digits, const Size *wid
     const Size of_first = chain->part[0].across, of_both = widths[0] * chain->part[1].across;
     const Size most = ROOM / (of_first + of_both + 1);
     chain->factors = factors, chain->width = width, chain->most = most < 1 ? 1 : least(most, MOST_IDS);
+    chain->second = 0, chain->packing = packing_of(digits[0], digits[1], chain->part[1].later);
     numbers += 2 * chain->most * (of_first + of_both);
     REAL *next = chain->memory = malloc(sizeof(REAL) * (numbers + largest));
     if (!next) return 1;
@@ -129,15 +132,16 @@ static void end(Chain *chain)
 }
 
 /* The next ids that have their second digit in common, and no more first digits than there is room for. */
-static void next_block(Chain *chain, Size count, const Size *order, const Size *ids)
+static void next_block(Chain *chain, Size count, const Entry *order)
 {
     Block *block = &chain->block;
     const Part *first = chain->part, *second = first + 1;
+    const Packing *packing = &chain->packing;
     Size last = -1, digit = -1;
     block->firsts = 0, block->ids = 0;
     for (; block->ids < least(count, MOST_IDS); block->ids++) {
-        const Size id = ids[order[block->ids]], beginning = id / second->later;
-        const Size its = beginning / second->digits, its_second = beginning - its * second->digits;
+        const uint64_t key = order[block->ids].key;
+        const Size its = first_in(packing, key), its_second = second_in(packing, key);
         if (digit >= 0 && its_second != digit) break;
         digit = its_second;
         if (its != last) {
@@ -146,9 +150,9 @@ static void next_block(Chain *chain, Size count, const Size *order, const Size *
             block->first[block->firsts++] = last = its;
         }
         block->slot[block->ids] = block->firsts - 1;
-        block->other[block->ids] = id - beginning * second->later;
+        block->other[block->ids] = other_in(packing, key);
     }
-    chain->part[1].at = digit * second->across;
+    block->second = digit, chain->part[1].at = digit * second->across;
 }
 
 /* The products of its first two factors: made, where they are kept, if some are; or if they are `there`, taken from
@@ -200,12 +204,12 @@ static inline __attribute__((always_inline)) void make(Chain *chain, Size number
     }
 }
 
-/* Row ids[k] for each k in `order`, as order_of gives it, goes to row k of `out`. Or where there are places, weights[k]
+/* The row of each id in `order`, as order_of gives it, goes to row k of `out`, k its number. Or where there are places, weights[k]
  * times it is added to row places[k], which holds zeros at first. Without weights they are 1. The products of the first
  * two factors are written to `kept`, if it is not NULL: one for each id at most. Returns 0, or 1 if there is no
  * memory. */
-int rows(Size count, const Size *order, const Size *ids, const Size *places, const REAL *weights, Size factors,
-         const Size *digits, const Size *widths, const Size *ranks, const REAL *const *values, REAL *out, REAL *kept)
+int rows(Size count, const Entry *order, const Size *places, const REAL *weights, Size factors, const Size *digits,
+         const Size *widths, const Size *ranks, const REAL *const *values, REAL *out, REAL *kept)
 {
     Chain chain;
     if (begin(&chain, factors, digits, widths, ranks, values, NULL)) return 1;
@@ -213,10 +217,10 @@ int rows(Size count, const Size *order, const Size *ids, const Size *places, con
     const int in_place = !places && factors > 2;
     Part *last = chain.part + factors - 1;
     for (Size at = 0; at < count; at += chain.block.ids) {
-        next_block(&chain, count - at, order + at, ids);
+        next_block(&chain, count - at, order + at);
         make_block(&chain, &kept, 0);
         for (Size n = 0; n < chain.block.ids; n++) {
-            const Size k = order[at + n], from = first_new(&chain, n);
+            const Size k = order[at + n].number, from = first_new(&chain, n);
             ask_for_row(at + n, count, order, places, out, width);
             REAL *to = out + (places ? places[k] : k) * width;
             if (in_place && from < factors) last->made = to;
@@ -231,10 +235,18 @@ int rows(Size count, const Size *order, const Size *ids, const Size *places, con
     return 0;
 }
 
-/* Hands the gradient of a product with a factor, of `before` rows, on to the factor, and to what stands on its left,
- * where it is added if `adds`. */
+/* Nothing in some slices of a factor's gradient. */
+static void clear(const Part *part, Size from, Size to)
+{
+    const Size down = part->digits * part->across;
+    for (Size i = 0; i < part->rank && to > from; i++)
+        memset(part->gradient + i * down + from * part->across, 0, sizeof(REAL) * (to - from) * part->across);
+}
+
+/* Hands the gradient of a product with a factor, of `before` rows, on to the factor, where it is added if `adds`, and
+ * to what stands on its left, where it is added if `adds_left`. */
 static void hand_on(Chain *chain, const Part *part, Size before, const REAL *gradient, const REAL *left_of_it,
-                    REAL *of_left, int adds)
+                    REAL *of_left, int adds, int adds_left)
 {
     const Size across = part->across, down = part->digits * across;
     REAL *of_slice = part->gradient + part->at;
@@ -243,20 +255,21 @@ static void hand_on(Chain *chain, const Part *part, Size before, const REAL *gra
         const Matrix side = {gradient, 1, across}, left = {left_of_it, part->rank, 1};
         product(across, part->rank, before, side, left, chain->turned, part->rank, 0);
         for (Size i = 0; i < part->rank; i++)
-            for (Size j = 0; j < across; j++) of_slice[i * down + j] += chain->turned[j * part->rank + i];
+            for (Size j = 0; j < across; j++)
+                of_slice[i * down + j] = chain->turned[j * part->rank + i] + (adds ? of_slice[i * down + j] : 0);
     } else {
         const Matrix left = {left_of_it, 1, part->rank};
-        product(part->rank, across, before, left, of_made, of_slice, down, 1);
+        product(part->rank, across, before, left, of_made, of_slice, down, adds);
     }
     if (part->turned) {
         const Matrix slice = {part->turned + part->at * part->rank, part->rank, 1};
-        product(before, part->rank, across, of_made, slice, of_left, part->rank, adds);
+        product(before, part->rank, across, of_made, slice, of_left, part->rank, adds_left);
     } else if (across >= 8 * before) {
         const Matrix slice = {part->values + part->at, down, 1};
-        product_of_rows(before, part->rank, across, of_made, slice, of_left, part->rank, adds);
+        product_of_rows(before, part->rank, across, of_made, slice, of_left, part->rank, adds_left);
     } else {
         turn_over(part->rank, across, part->values + part->at, down, chain->turned, part->rank);
-        product(before, part->rank, across, of_made, turned, of_left, part->rank, adds);
+        product(before, part->rank, across, of_made, turned, of_left, part->rank, adds_left);
     }
 }
 
@@ -265,28 +278,29 @@ static void hand_on_from(Chain *chain, Size from)
 {
     for (Size k = chain->factors; k-- > 2 && k >= from;) {
         Part *part = chain->part + k;
-        hand_on(chain, part, part->before, part->of_made, part[-1].made, part[-1].of_made, part[-1].held);
+        hand_on(chain, part, part->before, part->of_made, part[-1].made, part[-1].of_made, 1, part[-1].held);
         part[-1].held = 1, part->held = 0;
     }
     if (from < 2) chain->part[1].held = 0;
 }
 
-/* The same for a block and its first two factors. */
+/* The same for a block and its first two factors. Second digits rise, so nothing is read where nothing is yet. */
 static void hand_on_block(Chain *chain)
 {
     const Block *block = &chain->block;
     const Part *first = chain->part, *second = first + 1;
-    hand_on(chain, second, block->firsts * second->before, block->of_made, block->left, block->of_left, 0);
+    const int adds = block->second < chain->second;
+    if (!adds) clear(second, chain->second, block->second), chain->second = block->second + 1;
+    hand_on(chain, second, block->firsts * second->before, block->of_made, block->left, block->of_left, adds, 0);
     for (Size n = 0; n < block->firsts; n++)
         add(first->across, 1, block->of_left + n * first->across, first->gradient + block->first[n] * first->across);
 }
 
-/* Adds to `gradients`, of the shapes of the factors, what the gradient of `out` has to say of them; and writes that of
- * the weights, where it is asked for. If `kept` is not NULL, it holds what `rows` has written there. */
-int gradients_of_rows(Size count, const Size *order, const Size *ids, const Size *places, const REAL *weights,
-                      Size factors, const Size *digits, const Size *widths, const Size *ranks,
-                      const REAL *const *values, const REAL *gradient, REAL *const *gradients, REAL *of_weights,
-                      REAL *kept)
+/* Writes to `gradients`, of the shapes of the factors, what the gradient of `out` has to say of them; and that of the
+ * weights, where it is asked for. If `kept` is not NULL, it holds what `rows` has written there. */
+int gradients_of_rows(Size count, const Entry *order, const Size *places, const REAL *weights, Size factors,
+                      const Size *digits, const Size *widths, const Size *ranks, const REAL *const *values,
+                      const REAL *gradient, REAL *const *gradients, REAL *of_weights, REAL *kept)
 {
     Chain chain;
     if (begin(&chain, factors, digits, widths, ranks, values, gradients)) return 1;
@@ -296,11 +310,13 @@ int gradients_of_rows(Size count, const Size *order, const Size *ids, const Size
     }
     const Size width = chain.width;
     Part *last = chain.part + factors - 1;
+    for (Size k = 0; k < factors; k++)
+        if (k != 1) clear(chain.part + k, 0, digits[k]);
     for (Size at = 0; at < count; at += chain.block.ids) {
-        next_block(&chain, count - at, order + at, ids);
+        next_block(&chain, count - at, order + at);
         if (factors > 2 || of_weights) make_block(&chain, &kept, 1);
         for (Size n = 0; n < chain.block.ids; n++) {
-            const Size k = order[at + n], from = first_new(&chain, n);
+            const Size k = order[at + n].number, from = first_new(&chain, n);
             const REAL *its = gradient + (places ? places[k] : k) * width;
             ask_for_row(at + n, count, order, places, gradient, width);
             if (n) hand_on_from(&chain, from);
@@ -315,14 +331,15 @@ int gradients_of_rows(Size count, const Size *order, const Size *ids, const Size
         hand_on_from(&chain, 1);
         hand_on_block(&chain);
     }
+    clear(chain.part + 1, chain.second, digits[1]);
     end(&chain);
     return 0;
 }
 
 /* As sort_ids says. */
-Size order_of(Size count, const Size *ids, const Size *places, Size factors, const Size *digits, Size *order)
+Size order_of(Size count, const Size *ids, const Size *places, Size factors, const Size *digits, Entry *order)
 {
     Size others = 1;
     for (Size k = 2; k < factors; k++) others *= digits[k];
-    return sort_ids(count, ids, places, digits[0], digits[1], others, order);
+    return sort_ids(count, ids, places, packing_of(digits[0], digits[1], others), order);
 }

@@ -4,7 +4,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,7 +14,7 @@ from rankfall._chain import chain_rows
 from rankfall._compiled import is_unseen
 from rankfall._einsum import Plan
 from rankfall._machine import machine
-from rankfall._row_library import PASS_CALL, library, room
+from rankfall._row_library import PASS_CALL, library, room, sizes_of
 from rankfall._rows import Bags, Rows, may_look_at
 
 # Fitted to what passes take, with their gradients.
@@ -32,18 +32,21 @@ _NEAR, _FAR = 8, 3  # How much faster a factor is read from the nearest caches, 
 def has_compiled_rows(factors: Sequence[Tensor]) -> bool:
     """Whether compiled code can read rows of factors like these, ids aside."""
     dtype = factors[0].dtype
-    return all(f.device.type == "cpu" and f.dtype == dtype for f in factors) and _is_compiled(dtype)
+    return all([f.is_cpu and f.dtype == dtype for f in factors]) and _is_compiled(dtype)
 
 
 def may_pass(factors: Sequence[Tensor], ids: Tensor) -> bool:
     """The same for these ids, now."""
     if not may_look_at(ids) or not is_unseen():
         return False
-    return all(type(f) in (Tensor, nn.Parameter) for f in factors) and has_compiled_rows(factors)
+    return all([type(f) in _PLAIN for f in factors]) and has_compiled_rows(factors)
+
+
+_PLAIN = Tensor, nn.Parameter
 
 
 def _is_compiled(dtype: torch.dtype) -> bool:
-    return all(library(dtype, in_blocks=blocks) is not None for blocks in (False, True))
+    return library(dtype, in_blocks=False) is not None and library(dtype, in_blocks=True) is not None
 
 
 def pass_plan(modes: Sequence[Sequence[int]], ranks: Sequence[int], ids: int) -> Plan:
@@ -153,9 +156,23 @@ class SortedRows(Rows):
         chain = [factor.contiguous() for factor in self.chain]
         if len(chain) == 1:
             chain = [chain[0].new_ones(1, 1, 1), chain[0].unsqueeze(0)]
-        learns = torch.is_grad_enabled() and any(f.requires_grad for f in chain)
-        found: Tensor = _Read.apply(ids, places, weights, count, self.in_blocks, learns, *chain)  # pyright: ignore
+        how = _How(count, self.in_blocks, torch.is_grad_enabled() and any([f.requires_grad for f in chain]))
+        found: Tensor = _Read.apply(how, ids, places, weights, *chain)  # pyright: ignore
         return found if found.shape[1] == self.width else found[:, : self.width]
+
+
+class _How(NamedTuple):
+    """What `_Read` does.
+
+    Attributes:
+        count: How many rows there are, or sums.
+        in_blocks: Whether the table is made block by block.
+        learns: Whether gradients of factors may be asked for.
+    """
+
+    count: int
+    in_blocks: bool
+    learns: bool
 
 
 class _Read(torch.autograd.Function):
@@ -164,37 +181,33 @@ class _Read(torch.autograd.Function):
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any,  # noqa: ANN401  autograd's
+        how: _How,
         ids: Tensor,
         places: Tensor | None,
         weights: Tensor | None,
-        count: int,
-        in_blocks: bool,
-        learns: bool,
         *chain: Tensor,
     ) -> Tensor:
-        width = chain[0].shape[1]
-        for factor in chain[1:]:
-            width *= factor.shape[2]
+        sizes, dtype = sizes_of(chain), chain[0].dtype
         make = chain[0].new_empty if places is None else chain[0].new_zeros
-        out, compiled = make(count, width), library(chain[0].dtype, in_blocks=in_blocks)
+        out, compiled = make(how.count, sizes.width), library(dtype, in_blocks=how.in_blocks)
         assert compiled is not None
-        assert len({factor.dtype for factor in chain}) == 1, "compiled code would read past the end of narrower ones"
-        order = compiled.order(chain, ids, places)
-        kept = room(chain, order) if learns else None
-        compiled.rows(chain, order, ids, places, weights, out, kept)
+        assert all([f.dtype == dtype for f in chain]), "compiled code would read past the end of narrower ones"
+        order = compiled.order(sizes, ids, places)
+        kept = room(sizes, order, dtype) if how.learns else None
+        compiled.rows(chain, order, places, weights, out, kept)
         ctx.save_for_backward(order, ids, places, weights, kept, *chain)
-        ctx.count, ctx.in_blocks = count, in_blocks
+        ctx.how = how
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401  autograd's  # pyright: ignore
         order, ids, places, weights, kept, *chain = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return _differentiable(ids, places, weights, ctx.count, chain, gradient)
-        compiled = library(gradient.dtype, in_blocks=ctx.in_blocks)
+            return _differentiable(ids, places, weights, ctx.how.count, chain, gradient)
+        compiled = library(gradient.dtype, in_blocks=ctx.how.in_blocks)
         assert compiled is not None
-        of_chain, of_weights = compiled.gradients(chain, order, ids, places, weights, gradient.contiguous(), kept)
-        return None, None, of_weights, None, None, None, *of_chain
+        of_chain, of_weights = compiled.gradients(chain, order, places, weights, gradient.contiguous(), kept)
+        return None, None, None, of_weights, *of_chain
 
 
 def _differentiable(
@@ -211,4 +224,4 @@ def _differentiable(
     wanted = [t for t in inputs if t.requires_grad]
     found = iter(torch.autograd.grad(rows, wanted, gradient, create_graph=True))
     of_inputs = [next(found) if t.requires_grad else None for t in inputs]
-    return None, None, *(of_inputs[len(chain) :] or [None]), None, None, None, *of_inputs[: len(chain)]
+    return None, None, None, *(of_inputs[len(chain) :] or [None]), *of_inputs[: len(chain)]

@@ -21,7 +21,7 @@ modes = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=2, ma
 def passes(monkeypatch):
     """How many rows each pass makes."""
     made, apply = [], _sorted_rows._Read.apply
-    monkeypatch.setattr(_sorted_rows._Read, "apply", lambda *a: made.append(len(a[0])) or apply(*a))
+    monkeypatch.setattr(_sorted_rows._Read, "apply", lambda *a: made.append(len(a[1])) or apply(*a))
     return made
 
 

@@ -31,7 +31,7 @@ BY_TORCH = _lookup.Reading(False, None, 0, 0)
 def made(monkeypatch):
     """The ids of each pass."""
     made, apply = [], _sorted_rows._Read.apply
-    monkeypatch.setattr(_sorted_rows._Read, "apply", lambda *a: made.append(a[0]) or apply(*a))
+    monkeypatch.setattr(_sorted_rows._Read, "apply", lambda *a: made.append(a[1]) or apply(*a))
     return made
 
 

@@ -157,15 +157,16 @@ class Embedding(_Table):
 
     def forward(self, input: Int[Tensor, "*ids"]) -> Float[Tensor, "*ids embedding_dim"]:
         """The rows of the ids."""
-        check_ids(self.weight, input, "Embedding")
-        self._see(input.numel(), input.numel())
-        ids, gone = left(self.weight, input)
-        rows = read(self.weight.layout, self.weight.drawn(), ids)
+        weight, count = self.weight, input.numel()
+        check_ids(weight, input, "Embedding")
+        self._see(count, count)
+        layout = weight.layout
+        ids, gone = left(weight, layout, input)
+        rows = read(layout, weight.drawn(), ids)
         if self.padding_idx is not None:
             rows = rows.without(self.padding_idx)
         rows = rows.with_zeros(gone)
-        # As torch has it, the narrow type of autocast ends at the table.
-        read_rows = rows.widened(rows.taken()).to(self.weight.dtype)
+        read_rows = _of_type(weight.dtype, rows.widened(rows.taken()))
         if self.padding_row is None:
             return read_rows
         return torch.where((input == self.padding_idx).unsqueeze(-1), self.padding_row, read_rows)
@@ -287,17 +288,24 @@ class EmbeddingBag(_Table):
             per_sample_weights: A weight for each id, of the shape of `input`, with mode "sum".
         """
         check_offsets(self.weight, input, offsets, self.include_last_offset)
-        check_weights(self.weight, self.mode, input, per_sample_weights)
-        check_ids(self.weight, input, "EmbeddingBag")
+        weight = self.weight
+        check_weights(weight, self.mode, input, per_sample_weights)
+        check_ids(weight, input, "EmbeddingBag")
         bags = len(input if offsets is None else offsets)
         self._see(input.numel(), bags)
-        ids, gone = left(self.weight, input)
-        rows = read(self.weight.layout, self.weight.drawn(), ids, bags).with_zeros(gone)
+        layout = weight.layout
+        ids, gone = left(weight, layout, input)
+        rows = read(layout, weight.drawn(), ids, bags).with_zeros(gone)
         how = Bags(offsets, self.include_last_offset, self.mode, self.padding_idx, per_sample_weights)
-        return rows.widened(rows.reduced(how)).to(self.weight.dtype)
+        return _of_type(weight.dtype, rows.widened(rows.reduced(how)))
 
     def __repr__(self) -> str:
         return f"EmbeddingBag({self.num_embeddings}, {self.embedding_dim}, {self.mode!r}, {self._described()})"
+
+
+def _of_type(dtype: torch.dtype, rows: Tensor) -> Tensor:
+    """As torch has it, the narrow type of autocast ends at the table."""
+    return rows if rows.dtype == dtype else rows.to(dtype)
 
 
 def _expect_padding_row(layer: nn.Module, state: Mapping[str, Any], prefix: str, *_: object) -> None:

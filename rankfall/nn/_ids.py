@@ -4,15 +4,17 @@
 import torch
 from torch import Tensor
 
+from rankfall._layout import Layout
 from rankfall._rows import may_look_at
 from rankfall._tensor import LowRankTensor
 
 
-def left(weight: LowRankTensor, ids: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Ids of rows that are left, and which ids stood for one that is gone; None if all rows are there."""
-    if weight.rows == weight.shape[0]:
+def left(weight: LowRankTensor, layout: Layout, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Ids of rows that are left in today's layout, and which ids stood for one that is gone; None if all are there."""
+    rows = layout.shape[0]
+    if rows == weight.shape[0]:
         return ids, None
-    return ids.clamp(max=weight.rows - 1), ids >= weight.rows
+    return ids.clamp(max=rows - 1), ids >= rows
 
 
 def _named(weight: LowRankTensor, kind: str) -> str:
