@@ -206,9 +206,10 @@ def _seconds_of_rows(chain: list[Tensor], ids: Tensor, *, in_blocks: bool) -> fl
     if compiled is None:
         return None
     rows = torch.empty(len(ids), math.prod([f.shape[-2] for f in chain[:-1]]) * chain[-1].shape[-1], device="cpu")
-    order = compiled.order(sizes_of(chain), ids, None)
-    read = _seconds(lambda: compiled.rows(chain, order, None, None, rows))
-    learned = _seconds(lambda: compiled.gradients(chain, order, None, None, rows))
+    sizes = sizes_of(chain)
+    order = compiled.order(sizes, ids, None)
+    read = _seconds(lambda: compiled.rows(sizes, chain, order, None, None, rows))
+    learned = _seconds(lambda: compiled.gradients(sizes, chain, order, None, None, rows))
     return (read + learned) / 3
 
 

@@ -109,6 +109,7 @@ class Library:
 
     def rows(
         self,
+        sizes: Sizes,
         chain: Sequence[Tensor],
         order: Tensor,
         places: Tensor | None,
@@ -119,6 +120,7 @@ class Library:
         """Writes the row of the k-th id to row k of `out`, or adds weights[k] times it to row places[k].
 
         Args:
+            sizes: Of the chain.
             chain: Factors of shape (digits, width, rank), (rank, digits, width, rank), ..., (rank, digits, width), two
                 or more; for a table in blocks there are two. All tensors are without gaps, and of the library's type.
             order: What `order` gives.
@@ -127,10 +129,11 @@ class Library:
             out: Holds zeros, if there are places.
             kept: What `room` gives, for `gradients`.
         """
-        _check(self._rows(*_arguments(chain, order, places, weights), out.data_ptr(), address(kept)))
+        _check(self._rows(*_arguments(sizes, chain, order, places, weights), out.data_ptr(), address(kept)))
 
     def gradients(
         self,
+        sizes: Sizes,
         chain: Sequence[Tensor],
         order: Tensor,
         places: Tensor | None,
@@ -142,15 +145,15 @@ class Library:
         of_factors = [torch.empty_like(factor) for factor in chain]
         of_weights = None if weights is None else torch.zeros_like(weights)
         found = addresses(of_factors), address(of_weights), address(kept)
-        _check(self._gradients(*_arguments(chain, order, places, weights), gradient.data_ptr(), *found))
+        _check(self._gradients(*_arguments(sizes, chain, order, places, weights), gradient.data_ptr(), *found))
         return of_factors, of_weights
 
 
 def _arguments(
-    chain: Sequence[Tensor], order: Tensor, places: Tensor | None, weights: Tensor | None
+    sizes: Sizes, chain: Sequence[Tensor], order: Tensor, places: Tensor | None, weights: Tensor | None
 ) -> tuple[Any, ...]:
     of_ids = order.shape[0], order.data_ptr(), address(places), address(weights)
-    return *of_ids, len(chain), *sizes_of(chain).lists, addresses(chain)
+    return *of_ids, sizes.factors, *sizes.lists, addresses(chain)
 
 
 def _check(failed: int) -> None:
@@ -182,11 +185,12 @@ def _try(found: Library, dtype: torch.dtype) -> None:
     first = torch.arange(12, dtype=dtype, device="cpu").view(2, 2, 3)
     last = torch.arange(60, dtype=dtype, device="cpu").view(3, 4, 5)
     ids = torch.tensor([7, 0, 7], device="cpu")
-    order = found.order(sizes_of((first, last)), ids, None)
+    sizes = sizes_of((first, last))
+    order = found.order(sizes, ids, None)
     out, gradient = first.new_empty(3, 10), first.new_ones(3, 10)
-    found.rows((first, last), order, None, None, out)
+    found.rows(sizes, (first, last), order, None, None, out)
     wanted = torch.einsum("nar,rnb->nab", first[ids // 4], last[:, ids % 4]).flatten(1)
-    (of_first, of_last), _ = found.gradients((first, last), order, None, None, gradient)
+    (of_first, of_last), _ = found.gradients(sizes, (first, last), order, None, None, gradient)
     row = last.sum(2)[:, ids % 4].T
     wanted_first = torch.zeros_like(first).index_add_(0, ids // 4, row.unsqueeze(1).expand(-1, 2, -1))
     sums = first.sum(1)[ids // 4].T.unsqueeze(2).expand(-1, -1, 5)

@@ -14,7 +14,7 @@ from rankfall._chain import chain_rows
 from rankfall._compiled import is_unseen
 from rankfall._einsum import Plan
 from rankfall._machine import machine
-from rankfall._row_library import PASS_CALL, library, room, sizes_of
+from rankfall._row_library import PASS_CALL, Sizes, library, room, sizes_of
 from rankfall._rows import Bags, Rows, may_look_at
 
 # Fitted to what passes take, with their gradients.
@@ -156,7 +156,8 @@ class SortedRows(Rows):
         chain = [factor.contiguous() for factor in self.chain]
         if len(chain) == 1:
             chain = [chain[0].new_ones(1, 1, 1), chain[0].unsqueeze(0)]
-        how = _How(count, self.in_blocks, torch.is_grad_enabled() and any([f.requires_grad for f in chain]))
+        learns = torch.is_grad_enabled() and any([f.requires_grad for f in chain])
+        how = _How(count, sizes_of(chain), self.in_blocks, learns)
         found: Tensor = _Read.apply(how, ids, places, weights, *chain)  # pyright: ignore
         return found if found.shape[1] == self.width else found[:, : self.width]
 
@@ -166,11 +167,13 @@ class _How(NamedTuple):
 
     Attributes:
         count: How many rows there are, or sums.
+        sizes: Of the chain.
         in_blocks: Whether the table is made block by block.
         learns: Whether gradients of factors may be asked for.
     """
 
     count: int
+    sizes: Sizes
     in_blocks: bool
     learns: bool
 
@@ -187,14 +190,14 @@ class _Read(torch.autograd.Function):
         weights: Tensor | None,
         *chain: Tensor,
     ) -> Tensor:
-        sizes, dtype = sizes_of(chain), chain[0].dtype
+        sizes, dtype = how.sizes, chain[0].dtype
         make = chain[0].new_empty if places is None else chain[0].new_zeros
         out, compiled = make(how.count, sizes.width), library(dtype, in_blocks=how.in_blocks)
         assert compiled is not None
         assert all([f.dtype == dtype for f in chain]), "compiled code would read past the end of narrower ones"
         order = compiled.order(sizes, ids, places)
         kept = room(sizes, order, dtype) if how.learns else None
-        compiled.rows(chain, order, places, weights, out, kept)
+        compiled.rows(sizes, chain, order, places, weights, out, kept)
         ctx.save_for_backward(order, ids, places, weights, kept, *chain)
         ctx.how = how
         return out
@@ -204,9 +207,10 @@ class _Read(torch.autograd.Function):
         order, ids, places, weights, kept, *chain = ctx.saved_tensors
         if torch.is_grad_enabled():
             return _differentiable(ids, places, weights, ctx.how.count, chain, gradient)
-        compiled = library(gradient.dtype, in_blocks=ctx.how.in_blocks)
+        how, gradient = ctx.how, gradient.contiguous()
+        compiled = library(gradient.dtype, in_blocks=how.in_blocks)
         assert compiled is not None
-        of_chain, of_weights = compiled.gradients(chain, order, places, weights, gradient.contiguous(), kept)
+        of_chain, of_weights = compiled.gradients(how.sizes, chain, order, places, weights, gradient, kept)
         return None, None, None, of_weights, *of_chain
 
 
