@@ -32,14 +32,14 @@ _NEAR, _FAR = 8, 3  # How much faster a factor is read from the nearest caches, 
 def has_compiled_rows(factors: Sequence[Tensor]) -> bool:
     """Whether compiled code can read rows of factors like these, ids aside."""
     dtype = factors[0].dtype
-    return all([f.is_cpu and f.dtype == dtype for f in factors]) and _is_compiled(dtype)
+    return all(f.is_cpu and f.dtype == dtype for f in factors) and _is_compiled(dtype)
 
 
 def may_pass(factors: Sequence[Tensor], ids: Tensor) -> bool:
     """The same for these ids, now."""
     if not may_look_at(ids) or not is_unseen():
         return False
-    return all([type(f) in _PLAIN for f in factors]) and has_compiled_rows(factors)
+    return all(type(f) in _PLAIN for f in factors) and has_compiled_rows(factors)
 
 
 _PLAIN = Tensor, nn.Parameter
@@ -156,7 +156,7 @@ class SortedRows(Rows):
         chain = [factor.contiguous() for factor in self.chain]
         if len(chain) == 1:
             chain = [chain[0].new_ones(1, 1, 1), chain[0].unsqueeze(0)]
-        learns = torch.is_grad_enabled() and any([f.requires_grad for f in chain])
+        learns = torch.is_grad_enabled() and any(f.requires_grad for f in chain)
         how = _How(count, sizes_of(chain), self.in_blocks, learns)
         found: Tensor = _Read.apply(how, ids, places, weights, *chain)  # pyright: ignore
         return found if found.shape[1] == self.width else found[:, : self.width]
@@ -166,13 +166,13 @@ class _How(NamedTuple):
     """What `_Read` does.
 
     Attributes:
-        count: How many rows there are, or sums.
+        outputs: How many rows there are, or sums.
         sizes: Of the chain.
         in_blocks: Whether the table is made block by block.
         learns: Whether gradients of factors may be asked for.
     """
 
-    count: int
+    outputs: int
     sizes: Sizes
     in_blocks: bool
     learns: bool
@@ -192,9 +192,9 @@ class _Read(torch.autograd.Function):
     ) -> Tensor:
         sizes, dtype = how.sizes, chain[0].dtype
         make = chain[0].new_empty if places is None else chain[0].new_zeros
-        out, compiled = make(how.count, sizes.width), library(dtype, in_blocks=how.in_blocks)
+        out, compiled = make(how.outputs, sizes.width), library(dtype, in_blocks=how.in_blocks)
         assert compiled is not None
-        assert all([f.dtype == dtype for f in chain]), "compiled code would read past the end of narrower ones"
+        assert all(f.dtype == dtype for f in chain), "compiled code would read past the end of narrower ones"
         order = compiled.order(sizes, ids, places)
         kept = room(sizes, order, dtype) if how.learns else None
         compiled.rows(sizes, chain, order, places, weights, out, kept)
@@ -206,7 +206,7 @@ class _Read(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401  autograd's  # pyright: ignore
         order, ids, places, weights, kept, *chain = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return _differentiable(ids, places, weights, ctx.how.count, chain, gradient)
+            return _differentiable(ids, places, weights, ctx.how.outputs, chain, gradient)
         how, gradient = ctx.how, gradient.contiguous()
         compiled = library(gradient.dtype, in_blocks=how.in_blocks)
         assert compiled is not None

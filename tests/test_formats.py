@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -96,6 +98,27 @@ def test_formats_are_values():
     assert hash(rf.TT([2, 3], in_modes=[4, 5])) == hash(rf.TT((2, 3), in_modes=(4, 5)))
     with pytest.raises(AttributeError):
         rf.TT(3).max_rank = 4
+
+
+def test_layouts_are_values_in_every_process():
+    layout = rf.TT(3).layout((12, 20))
+    assert hash(layout) == hash(rf.TT(3).layout((12, 20)))
+    again = pickle.loads(pickle.dumps(layout))
+    assert again == layout != rf.TTM(3).layout((12, 20))
+    # What another process has for the hash of a text is not taken over.
+    assert b"_hash" not in pickle.dumps(layout)
+    assert copy.deepcopy(layout) == layout
+
+
+def test_factors_may_be_plain_tensors_that_a_wrapper_has_put_in_their_place():
+    t = laws.make(rf.TTM(3), (12, 20), posterior=rf.Point())
+    wanted = t.dense()
+    for name, factor in list(t.factors._parameters.items()):
+        del t.factors._parameters[name]
+        setattr(t.factors, name, factor.detach())
+    assert t.dtype == wanted.dtype
+    assert all(map(torch.is_tensor, t.drawn()))
+    assert torch.equal(t.dense(), wanted)
 
 
 def test_fits_is_true_at_any_ranks_and_false_elsewhere(kind):

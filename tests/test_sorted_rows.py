@@ -217,6 +217,13 @@ def test_only_last_factors_are_joined_for_a_pass():
     assert min(way.joined[1] for way in ways) == 3  # No more factors than it has room for.
 
 
+def test_rows_that_have_no_key_are_read_by_torch(monkeypatch):
+    layout, shapes = words(rf.TTM(2, out_modes=(3, 4), in_modes=(2, 2)), 2)
+    for most, compiled in ((13, True), (12, False)):
+        monkeypatch.setattr(_lookup, "MOST_ROWS", most)
+        assert any(way.compiled for way in _lookup.readings(layout, shapes, 40, 40, True)) == compiled
+
+
 MODES = {"out_modes": (5, 5, 5, 5, 5, 8), "in_modes": (2, 2, 2, 2, 4, 4)}
 
 
