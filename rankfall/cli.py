@@ -90,6 +90,20 @@ def _end() -> None:
     os._exit(0)
 
 
+def _read_or_not(parse: Callable[[], Any]) -> Any:  # noqa: ANN401  what it parses
+    """What `parse` gives; without a word where whoever reads its help has had enough, as `head` has."""
+    try:
+        try:
+            return parse()
+        except SystemExit:
+            sys.stdout.flush()
+            raise
+    except BrokenPipeError:
+        # The interpreter flushes once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
 def _parsed(arguments: Sequence[str] | None) -> Any:  # noqa: ANN401  one of _COMMANDS
     parse = partial(
         tyro.extras.subcommand_cli_from_dict,
@@ -99,7 +113,7 @@ def _parsed(arguments: Sequence[str] | None) -> Any:  # noqa: ANN401  one of _CO
         args=arguments,
     )
     if is_first_started():
-        return parse()
+        return _read_or_not(parse)
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         try:
             return parse()

@@ -3,6 +3,7 @@
 
 import importlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -236,6 +237,17 @@ def test_help_names_values_that_can_be_passed(capsys, command):
     shown = capsys.readouterr().out
     assert "--format {cp,tucker,tt,ttm,tr}" in shown
     assert "None" not in shown
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_help_may_be_cut_off(unbuffered):
+    reads, writes = os.pipe()
+    os.close(reads)
+    command = [sys.executable, "-m", "rankfall", "train", "--help"]
+    env = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, text=True, env=env, check=False)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_unknown_choices_list_the_known(capsys):
