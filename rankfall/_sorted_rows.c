@@ -239,7 +239,7 @@ int rows(Size count, const Entry *order, const Size *places, const REAL *weights
 static void clear(const Part *part, Size from, Size to)
 {
     const Size down = part->digits * part->across;
-    for (Size i = 0; i < part->rank && to > from; i++)
+    for (Size i = 0; i < part->rank && to > from && part->across; i++)
         memset(part->gradient + i * down + from * part->across, 0, sizeof(REAL) * (to - from) * part->across);
 }
 
