@@ -204,10 +204,10 @@ static inline __attribute__((always_inline)) void make(Chain *chain, Size number
     }
 }
 
-/* The row of each id in `order`, as order_of gives it, goes to row k of `out`, k its number. Or where there are places, weights[k]
- * times it is added to row places[k], which holds zeros at first. Without weights they are 1. The products of the first
- * two factors are written to `kept`, if it is not NULL: one for each id at most. Returns 0, or 1 if there is no
- * memory. */
+/* The row of each id in `order`, as order_of gives it, goes to row k of `out`, k its number. Or where there are places,
+ * weights[k] times it is added to row places[k], which holds zeros at first. Without weights they are 1. The products
+ * of the first two factors are written to `kept`, if it is not NULL: one for each id at most. Returns 0, or 1 if there
+ * is no memory. */
 int rows(Size count, const Entry *order, const Size *places, const REAL *weights, Size factors, const Size *digits,
          const Size *widths, const Size *ranks, const REAL *const *values, REAL *out, REAL *kept)
 {
