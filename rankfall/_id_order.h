@@ -39,7 +39,7 @@ static inline Size other_in(const Packing *packing, uint64_t key)
     return (Size)(key & (((uint64_t)1 << packing->first) - 1));
 }
 
-/* The whole quotient. Of numbers below 2^52 that by the inverse, which takes a fraction of the time, is at most 1 off. */
+/* The whole quotient; of numbers below 2^52 by the inverse, in a fraction of the time, which is at most 1 off. */
 static inline Size quotient(Size number, Size by, double inverse)
 {
     if (number >= (Size)1 << 52) return number / by;
