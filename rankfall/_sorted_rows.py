@@ -26,6 +26,7 @@ _SORTED = 80  # Numbers moved in the time that it takes to sort an id among othe
 _AHEAD, _IN_PLACE = 2, 3  # How much faster rows move that memory has been asked for; and that are made where they go.
 _BLOCK = 1 << 15  # Numbers that a block of a table has, if one head has no more.
 _SHORT = 4  # Numbers side by side that take twice as long to move as they would among many.
+_PLAIN = Tensor, nn.Parameter  # Others may not be what their memory says.
 _NEAR, _FAR = 8, 3  # How much faster a factor is read from the nearest caches, and from that beyond.
 
 
@@ -40,9 +41,6 @@ def may_pass(factors: Sequence[Tensor], ids: Tensor) -> bool:
     if not may_look_at(ids) or not is_unseen():
         return False
     return all(type(f) in _PLAIN for f in factors) and has_compiled_rows(factors)
-
-
-_PLAIN = Tensor, nn.Parameter
 
 
 def _is_compiled(dtype: torch.dtype) -> bool:
@@ -179,7 +177,7 @@ class _How(NamedTuple):
 
 
 class _Read(torch.autograd.Function):
-    """Rows of `ids`, or sums of them by `places`, shape (count, columns of the chain)."""
+    """Rows of `ids`, or sums of them by `places`, shape (outputs, columns of the chain)."""
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -134,12 +134,12 @@ class LowRankTensor(Sliced):
     @property
     def dtype(self) -> torch.dtype:
         """The type of the factors, as code that asks a weight for its type expects it."""
-        return held(self.factors)[0].dtype
+        return _held(self.factors)[0].dtype
 
     @property
     def device(self) -> torch.device:
         """Where the factors are."""
-        return held(self.factors)[0].device
+        return _held(self.factors)[0].device
 
     @property
     def layout(self) -> Layout:
@@ -147,7 +147,7 @@ class LowRankTensor(Sliced):
         if not self.is_table:
             return self._whole
         factor, dim = self._leading
-        digits = held(self.factors)[factor].shape[dim]
+        digits = _held(self.factors)[factor].shape[dim]
         if digits != self._left[0]:  # Kept, since a compiled graph takes it as it is here.
             self._left = digits, self._whole if digits == self._digits else cut_to(self._whole, digits)
         return self._left[1]
@@ -190,7 +190,7 @@ class LowRankTensor(Sliced):
 
     def drawn(self) -> list[Tensor]:
         """The factors that a layer's forward uses: one draw from the posterior in train mode, its mean in eval mode."""
-        return self._sampled() if self.training else held(self.factors)
+        return self._sampled() if self.training else _held(self.factors)
 
     def kl(self) -> Float[Tensor, ""]:
         """KL(q || p) of all factors at the best prior scales, in nats; differentiable, float32 or wider.
@@ -291,11 +291,11 @@ class LowRankTensor(Sliced):
         if self.given:
             return list(self.given)
         if not len(self.log_stds):
-            return held(self.factors)
+            return _held(self.factors)
         return [draw(mean, log_std) for mean, log_std in zip(self.factors, self.log_stds, strict=True)]
 
 
-def held(parameters: nn.ParameterList) -> list[Tensor]:
+def _held(parameters: nn.ParameterList) -> list[Tensor]:
     """The parameters of a list, past its own way to name each of them, which takes longer than to read a few rows."""
     found = parameters._parameters
     # Some wrappers put plain tensors in their place.
