@@ -7,7 +7,7 @@ There is an open report of it for H100s: https://github.com/pytorch/pytorch/issu
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,8 @@ _FAR = 0.1  # Relative; TF32 and bfloat16 stay well below.
 def cudnn_where_right(like: nn.RNNBase, x: Tensor) -> Iterator[None]:
     """Inside, a recurrent layer runs on cuDNN only if layers of its sizes have the right gradients there.
 
-    Which is tried once for each kind of layer. No CUDA graph has it: with it, graphs of an LSTM have trained far worse
-    than a CPU does, and have stopped with an illegal memory access, on an H200.
+    Which is tried once for each kind of layer, but not while a CUDA graph is captured: a graph of a layer that has not
+    run before has no cuDNN.
 
     Args:
         like: A layer of the same options.
@@ -30,7 +30,7 @@ def cudnn_where_right(like: nn.RNNBase, x: Tensor) -> Iterator[None]:
     device, is_narrow = x.device, torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(device.type) if is_narrow else x.dtype
     options = (like.input_size, like.hidden_size, like.num_layers, like.bias, like.bidirectional)
-    if not _is_asked(device) or (not _is_captured() and _agrees(type(like), options, device, dtype)):
+    if not _is_asked(device) or _agrees((type(like), options, device, dtype)):
         yield
     else:
         with _cudnn(wanted=False):
@@ -56,8 +56,21 @@ def _is_captured() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-@cache
-def _agrees(kind: type[nn.RNNBase], options: tuple[int | bool, ...], device: torch.device, dtype: torch.dtype) -> bool:
+_Kind: TypeAlias = tuple[type[nn.RNNBase], tuple[int | bool, ...], torch.device, torch.dtype]
+_TRIED: dict[_Kind, bool] = {}
+
+
+def _agrees(kind: _Kind) -> bool:
+    if kind not in _TRIED:
+        if _is_captured():
+            return False
+        _TRIED[kind] = _is_right(*kind)
+    return _TRIED[kind]
+
+
+def _is_right(
+    kind: type[nn.RNNBase], options: tuple[int | bool, ...], device: torch.device, dtype: torch.dtype
+) -> bool:
     pairs = zip(*(_gradients(kind, options, device, dtype, cudnn=cudnn) for cudnn in (True, False)), strict=True)
     far = max(float((one - other).norm() / other.norm().clamp_min(1e-30)) for one, other in pairs)
     if far <= _FAR:

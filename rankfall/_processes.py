@@ -30,8 +30,8 @@ def leave() -> bool:
     """Leaves the processes of the run, at its end; returns whether there were any."""
     if not dist.is_initialized():
         return False
-    # Where one is gone while another still ends, gloo's threads may abort the latter.
-    dist.barrier()
+    # Where one is gone while another still ends, gloo's threads may abort the latter. nccl asks where to wait.
+    dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
     dist.destroy_process_group()
     return True
 

@@ -23,6 +23,7 @@ from rankfall._processes import Processes
 from rankfall._shards import NO_BATCH, Shard
 from rankfall.recipes._data import Data
 from rankfall.recipes._options import TrainOptions
+from two_processes import assert_same_bits
 
 UNTIMED = {"seconds": 0, "selection_seconds": 0}
 RUN = ["train", "digits", "--method", "shrinkage", "--epochs", "8", "--limit", "500", "--threshold", "0.5"]
@@ -64,24 +65,6 @@ def both(answers, name):
     assert not isinstance(first, str), first
     assert not isinstance(second, str), second
     return first, second
-
-
-def assert_same_bits(one, other):
-    """Of whatever a state_dict holds."""
-    assert type(one) is type(other)
-    if isinstance(one, torch.Tensor):
-        assert one.dtype == other.dtype
-        assert torch.equal(one, other)
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key in one:
-            assert_same_bits(one[key], other[key])
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other)
-        for a, b in zip(one, other, strict=True):
-            assert_same_bits(a, b)
-    else:
-        assert one == other
 
 
 def test_factors_optimizer_and_ranks_are_equal_after_cuts(answers):

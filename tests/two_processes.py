@@ -22,11 +22,17 @@ MARK = 9.0
 LIMIT = 240  # Seconds after which two processes count as hanging.
 
 
-def run_two(folder: Path, *scenarios: str) -> dict[str, list]:
-    """Runs scenarios one after another on two processes; returns what each gave on either, an error as its text."""
+def run_two(folder: Path, *scenarios: str, machines: int = 1) -> dict[str, list]:
+    """Runs scenarios one after another on two processes; returns what each gave on either, an error as its text.
+
+    With two `machines`, nccl takes the processes for two machines, so that they may share a GPU.
+    """
     context = multiprocessing.get_context("spawn")
     port = free_port()
-    processes = [context.Process(target=_work, args=(index, port, folder, scenarios)) for index in range(2)]
+    processes = [
+        context.Process(target=_work, args=(index, environment(index, port, machines), folder, scenarios))
+        for index in range(2)
+    ]
     for process in processes:
         process.start()
     end = time.monotonic() + LIMIT
@@ -49,16 +55,22 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _work(index: int, port: int, folder: Path, scenarios: tuple[str, ...]) -> None:
-    os.environ |= {
+def environment(index: int, port: int, machines: int = 1) -> dict[str, str]:
+    """What torchrun tells one of two processes."""
+    alone = {"NCCL_HOSTID": f"machine {index}", "NCCL_SOCKET_IFNAME": "lo"} if machines == 2 else {}
+    return alone | {
         "RANK": str(index),
-        "LOCAL_RANK": str(index),
+        "LOCAL_RANK": str(index if machines == 1 else 0),
         "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": str(2 // machines),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
     }
+
+
+def _work(index: int, place: dict[str, str], folder: Path, scenarios: tuple[str, ...]) -> None:
+    os.environ |= place
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     for name in scenarios:
@@ -68,6 +80,24 @@ def _work(index: int, port: int, folder: Path, scenarios: tuple[str, ...]) -> No
             answer = "".join(traceback.format_exception(error))
         torch.save(answer, folder / f"{name}-{index}.pt")
     dist.destroy_process_group()
+
+
+def assert_same_bits(one, other):
+    """Of whatever a state_dict holds."""
+    assert type(one) is type(other)
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_same_bits(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            assert_same_bits(a, b)
+    else:
+        assert one == other
 
 
 def data(dtype: torch.dtype = torch.float32):

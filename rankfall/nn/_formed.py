@@ -52,7 +52,12 @@ class Formed(nn.Module):
     def _run(self, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401  what torch's forward takes and gives
         like = self.like
         like.train(self.training)
-        values: dict[str, Tensor] = {name: self._parameter(name) for name in self._others}
+        values: dict[str, Tensor] = {}
+        for name in self._others:
+            parameter = self._parameter(name)
+            # torch lays a recurrent layer's weights side by side for cuDNN, and has the tensors that it was given point
+            # there. A parameter must stay where it is: CUDA graphs know it by its place.
+            values[name] = parameter.view_as(parameter)
         for name in self._weights:
             tensor = self.get_submodule(name)
             assert isinstance(tensor, LowRankTensor)
