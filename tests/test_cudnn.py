@@ -65,6 +65,30 @@ def test_a_layer_runs_without_cudnn_where_that_is_wrong_or_cannot_be_tried(make,
     assert torch.backends.cudnn.enabled
 
 
+@pytest.mark.parametrize("make", [rf.nn.LSTM, rf.nn.GRU])
+def test_parameters_stay_where_they_are_though_torch_moves_what_it_is_given(make, monkeypatch):
+    """As it does for cuDNN, which wants weights and biases side by side; test_..._in_graphs asks cuDNN itself."""
+    layer, call, moved = make(12, 8, format=rf.TT(3), posterior=rf.Point()), torch.func.functional_call, []
+    places, x = [p.data_ptr() for p in layer.parameters()], torch.randn(5, 2, 12)
+    monkeypatch.setattr(type(layer), "_steps_are_own", lambda *_: False)
+    layer(x)[0].square().sum().backward()
+    wanted = [p.grad for p in layer.parameters()]
+    layer.zero_grad()
+
+    def moving(module, values, *arguments):
+        with torch.no_grad():
+            for value in values.values():
+                moved.append(value.set_(value.clone()))
+        return call(module, values, *arguments)
+
+    monkeypatch.setattr(torch.func, "functional_call", moving)
+    layer(x)[0].square().sum().backward()
+    assert len(moved) == 4
+    assert [p.data_ptr() for p in layer.parameters()] == places
+    for parameter, gradient in zip(layer.parameters(), wanted, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
 def test_no_other_device_is_asked():
     assert not _cudnn._is_asked(torch.device("cpu"))
 

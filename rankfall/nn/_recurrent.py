@@ -307,7 +307,7 @@ class LSTM(_Recurrent):
     sequences of different length and where low ranks make the inputs cheap, the inputs of all steps are multiplied at
     once in the cheapest way and the library's own steps, with hand-written gradients, do the rest; otherwise, and on
     other devices, under autocast and in torch.compile, torch's kernel runs on the formed weights: cuDNN's where its
-    gradients are those of torch's own, and not in a CUDA graph.
+    gradients are those of torch's own.
 
     Example:
         >>> layer = rf.nn.LSTM(32, 24, num_layers=2, bidirectional=True, format=rf.TT(max_rank=8))
