@@ -74,6 +74,7 @@ typedef struct {
     Size second; /* Up to which second digit, it not included, the gradient of the second factor is there. */
     Packing packing;
     REAL *memory, *turned;
+    const REAL *of_row; /* The gradient of the last product: where it was given, or where those of equal ids are added. */
 } Chain;
 
 static inline Size least(Size a, Size b) { return a < b ? a : b; }
@@ -278,7 +279,8 @@ static void hand_on_from(Chain *chain, Size from)
 {
     for (Size k = chain->factors; k-- > 2 && k >= from;) {
         Part *part = chain->part + k;
-        hand_on(chain, part, part->before, part->of_made, part[-1].made, part[-1].of_made, 1, part[-1].held);
+        const REAL *gradient = k + 1 == chain->factors ? chain->of_row : part->of_made;
+        hand_on(chain, part, part->before, gradient, part[-1].made, part[-1].of_made, 1, part[-1].held);
         part[-1].held = 1, part->held = 0;
     }
     if (from < 2) chain->part[1].held = 0;
@@ -294,6 +296,19 @@ static void hand_on_block(Chain *chain)
     hand_on(chain, second, block->firsts * second->before, block->of_made, block->left, block->of_left, adds, 0);
     for (Size n = 0; n < block->firsts; n++)
         add(first->across, 1, block->of_left + n * first->across, first->gradient + block->first[n] * first->across);
+}
+
+/* Takes the gradient of a row, times a weight if there is one, for its id. Most ids come once, and need no copy of it. */
+static inline void take(Chain *chain, Part *last, const REAL *weight, const REAL *its)
+{
+    const REAL factor = weight ? *weight : 1;
+    if (last->held) {
+        if (chain->of_row != last->of_made) copy(chain->width, chain->of_row, last->of_made);
+        add(chain->width, factor, its, last->of_made);
+    } else if (weight || chain->factors == 2) /* Of two factors, gradients of a block have to lie below each other. */
+        put(chain->width, factor, its, last->of_made);
+    chain->of_row = last->held || weight || chain->factors == 2 ? last->of_made : its;
+    last->held = 1;
 }
 
 /* Writes to `gradients`, of the shapes of the factors, what the gradient of `out` has to say of them; and that of the
@@ -321,11 +336,7 @@ int gradients_of_rows(Size count, const Entry *order, const Size *places, const 
             ask_for_row(at + n, count, order, places, gradient, width);
             if (n) hand_on_from(&chain, from);
             make(&chain, n, from, of_weights != NULL);
-            if (last->held)
-                add(width, weights ? weights[k] : 1, its, last->of_made);
-            else
-                put(width, weights ? weights[k] : 1, its, last->of_made);
-            last->held = 1;
+            take(&chain, last, weights ? weights + k : NULL, its);
             if (of_weights) of_weights[k] = dot(width, its, last->made);
         }
         hand_on_from(&chain, 1);

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 import laws
 import rankfall as rf
 from rankfall import _matmul
-from rankfall._contract import Mixing, mixing
-from rankfall._einsum import BATCH, contract, plan, power_of_two, rounded, run, shapes_of
+from rankfall._contract import Mixing, halves, mixing, thin_matrices
+from rankfall._einsum import BATCH, contract, einsum, plan, power_of_two, rounded, run, shapes_of
 from rankfall._machine import Machine, use
 from table_rows import gradients_match
 
@@ -65,6 +65,40 @@ def test_gradients_flow_to_every_tensor():
     tensors = [torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     names = (("i", "r"), ("j", "r"), ("k", "r"))
     assert torch.autograd.gradcheck(lambda *ts: contract(names, ("i", "j", "k"), ts), tensors)
+
+
+@given(st.data())
+def test_a_product_without_a_sum_is_laid_out_as_its_axes_come(data):
+    """Whatever the order of axes of what it is made of, and in memory."""
+    axes = data.draw(st.permutations("abcd"))
+    first, second = (data.draw(st.permutations([n for n, k in zip("abcd", of, strict=True) if k])) for of in _HAVE)
+    size = dict(zip("abcd", data.draw(st.lists(st.integers(0, 4), min_size=4, max_size=4)), strict=True))
+    pair = [
+        torch.randn([size[n] for n in reversed(names)], dtype=torch.float64).permute(*reversed(range(len(names))))
+        for names in (first, second)
+    ]
+    pair = [t.requires_grad_() for t in pair]
+    equation = f"{''.join(first)},{''.join(second)}->{''.join(axes)}"
+    made, expected = einsum(equation, pair), torch.einsum(equation, *pair)
+    assert made.is_contiguous()
+    torch.testing.assert_close(made, expected)
+    direction = torch.randn_like(expected)
+    for one, other in zip(*(torch.autograd.grad(y, pair, direction) for y in (made, expected)), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+_HAVE = (1, 1, 0, 1), (1, 0, 1, 1)
+
+
+@pytest.mark.parametrize("modes", [((6, 5), (4, 7)), ((3, 5, 2), (2, 7, 2))], ids=str)
+def test_thin_matrices_of_cp_lie_along_their_long_side(modes):
+    """With the rank last in memory their gradients take a third longer, and what factors get of these four times."""
+    out_modes, in_modes = modes
+    tensor = rf.LowRankTensor((30, 28), rf.CP(20, out_modes=out_modes, in_modes=in_modes))
+    shapes = shapes_of(tensor.factors)
+    pair = thin_matrices(tensor.layout, tensor.factors, halves(tensor.layout, shapes))
+    assert all(m.is_contiguous() for m in pair)
+    torch.testing.assert_close(pair[0].T @ pair[1], tensor.dense())
 
 
 def test_the_order_is_the_cheap_one():
