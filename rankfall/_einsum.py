@@ -230,7 +230,7 @@ class _SideBySide:
         a, b = (t.permute(order).contiguous() for t, order in zip((first, second), self.orders, strict=True))
         for axis, (in_first, in_second) in enumerate(self.shared):
             a, b = a if in_first else a.unsqueeze(axis), b if in_second else b.unsqueeze(axis)
-        return a * b
+        return (a * b).contiguous()  # Axes of one element may lead torch astray.
 
 
 @lru_cache(maxsize=4096)
