@@ -28,12 +28,17 @@ def rows_of(recipe: str, count: int) -> Tensor:
         return draw(count, KAGGLE_SIZES, torch.Generator().manual_seed(0)).to(device)
 
 
-def medians(works: list[Callable[[], None]], rounds: int) -> list[float]:
-    """Of each work, the median of its milliseconds; they take turns, and two rounds are not counted."""
+def medians(works: list[Callable[[], object]], rounds: int, in_turn: int = 1) -> list[float]:
+    """Of each work, the median of its milliseconds; they take turns, and two rounds are not counted.
+
+    With several times `in_turn` a work follows itself, as steps of a training do, and finds in the caches what they
+    leave there: the first time of a turn is not counted then.
+    """
     taken: list[list[float]] = [[] for _ in works]
     for round_ in range(rounds + 2):
         for work, times in zip(works, taken, strict=True):
-            taken_now = 1e3 * seconds(work)
-            if round_ >= 2:
-                times.append(taken_now)
+            for k in range(in_turn):
+                taken_now = 1e3 * seconds(work)
+                if round_ >= 2 and (k or in_turn == 1):
+                    times.append(taken_now)
     return [statistics.median(times) for times in taken]

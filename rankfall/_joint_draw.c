@@ -163,12 +163,18 @@ static void draw_all(
     memcpy(drawn + i, part[2], bytes), memcpy(away + i, part[3], bytes), memcpy(variance + i, part[4], bytes);
 }
 
+enum { FEW = 128 }; /* So many numbers are added up as float, sums of them as double. */
+
 static double sum_of(Size count, const float *values)
 {
-    Floats sum = {0};
+    double found = 0;
     Size i = 0;
-    for (; i + LANES <= count; i += LANES) sum += *(const Floats *)(values + i);
-    double found = total(sum);
+    while (i + LANES <= count) {
+        Floats sum = {0};
+        for (const Size end = i + FEW * LANES; i < end && i + LANES <= count; i += LANES)
+            sum += *(const Floats *)(values + i);
+        found += total(sum);
+    }
     for (; i < count; i++) found += values[i];
     return found;
 }
@@ -176,15 +182,40 @@ static double sum_of(Size count, const float *values)
 /* mean^2 + variance, summed. */
 static double moment_of(Size count, const float *mean, const float *variance)
 {
-    Floats sum = {0};
+    double found = 0;
     Size i = 0;
-    for (; i + LANES <= count; i += LANES) {
-        const Floats m = *(const Floats *)(mean + i);
-        sum += m * m + *(const Floats *)(variance + i);
+    while (i + LANES <= count) {
+        Floats sum = {0};
+        for (const Size end = i + FEW * LANES; i < end && i + LANES <= count; i += LANES) {
+            const Floats m = *(const Floats *)(mean + i);
+            sum += m * m + *(const Floats *)(variance + i);
+        }
+        found += total(sum);
     }
-    double found = total(sum);
     for (; i < count; i++) found += mean[i] * mean[i] + variance[i];
     return found;
+}
+
+enum { MOST_SLICES = 64 }; /* Of which LANES rows side by side are worked on as whole registers. */
+
+/* The same for each slice, where entries of `rank` slices stand side by side, `before` times. */
+static void moments_of(Size before, Size rank, const float *mean, const float *variance, double *slices)
+{
+    for (Size rows = rank <= MOST_SLICES ? before / LANES : 0; rows > 0;) {
+        Floats sums[MOST_SLICES];
+        memset(sums, 0, sizeof(Floats) * rank);
+        const Size some = rows < FEW ? rows : FEW;
+        for (Size n = 0; n < some; n++)
+            for (Size k = 0; k < rank; k++, mean += LANES, variance += LANES) {
+                const Floats m = *(const Floats *)mean;
+                sums[k] += m * m + *(const Floats *)variance;
+            }
+        for (Size lane = 0; lane < LANES; lane++)
+            for (Size r = 0; r < rank; r++) slices[r] += ((const float *)sums)[lane * rank + r];
+        rows -= some, before -= some * LANES;
+    }
+    for (; before > 0; before--)
+        for (Size r = 0; r < rank; r++, mean++, variance++) slices[r] += *mean * *mean + *variance;
 }
 
 /* A factor's place in the buffers is where the one before it ends. */
@@ -231,10 +262,10 @@ double draw(Size factors, const Place *places, const float *const *means, const 
         kl -= sum_of(its, log_stds[k]);
         const float *mean = means[k], *of = variance + entries;
         double *slice = moments + at.first;
-        for (Size b = 0; b < at.before; b++)
-            if (at.after == 1)
-                for (Size r = 0; r < at.rank; r++, mean++, of++) slice[r] += *mean * *mean + *of;
-            else
+        if (at.after == 1)
+            moments_of(at.before, at.rank, mean, of, slice);
+        else
+            for (Size b = 0; b < at.before; b++)
                 for (Size r = 0; r < at.rank; r++, mean += at.after, of += at.after)
                     slice[r] += moment_of(at.after, mean, of);
         entries += its;
@@ -284,8 +315,16 @@ void hand_on_gradients(Size factors, const Place *places, const float *const *me
     for (Size k = 0; k < factors; k++) {
         const Place at = places[k];
         const float *mean = means[k], *of_draw = of_draws[k], *its = precision + at.first;
-        const Size step = at.after == 1 ? at.rank : at.after, steps = at.before * (at.after == 1 ? 1 : at.rank);
-        for (Size s = 0; s < steps; s++, n += step, mean += step) {
+        Size step = at.after == 1 ? at.rank : at.after, steps = at.before * (at.after == 1 ? 1 : at.rank);
+        float repeated[MOST_SLICES * LANES];
+        if (at.after == 1 && at.rank % LANES && at.rank <= MOST_SLICES) {
+            /* LANES rows at once, which are whole registers; the precisions of them, and of what is left. */
+            for (Size lane = 0; lane < LANES; lane++)
+                memcpy(repeated + lane * at.rank, its, sizeof(float) * at.rank);
+            its = repeated, step *= LANES, steps = (at.before + LANES - 1) / LANES;
+        }
+        for (Size s = 0, left = at.before * at.rank * at.after; s < steps; s++, n += step, mean += step, left -= step) {
+            if (step > left) step = left;
             const float *p = at.after == 1 ? its : its + s % at.rank;
             hand_on_all(step, of_draw, (float)of_kl, p, at.after != 1, mean, away + n, variance + n, of_means + n,
                         of_log_stds + n);

@@ -105,7 +105,7 @@ class CompiledDraw:
         if buffers is None:
             return draw_with_kl(self._prior, self._tensors)
         value = buffers.draw(self._prior, int(self._seed.random_()))
-        self._kl = torch.tensor(value, dtype=torch.float32, device="cpu", requires_grad=True)
+        self._kl = torch.full((), value, dtype=torch.float32, device="cpu", requires_grad=True)
         return self._kl, buffers.draws
 
     def hand_on_(self) -> None:
@@ -173,17 +173,21 @@ class _Buffers:
         """Adds to the gradients of all parameters, and takes away those of the draws."""
         compiled = library()
         assert compiled is not None, "who has made this has looked"
-        of_draws = [None if (found := leaf.grad) is None else found.contiguous() for leaf in self._leaves]
+        of_draws = []
         for leaf in self._leaves:
-            leaf.grad = None
-        # What is there already may be these very gradients, of an earlier step.
-        adds = any(p.grad is not None for p in self._parameters)
-        gradients = torch.empty_like(self._gradients) if adds else self._gradients
-        start, apart = gradients.data_ptr(), gradients.stride(0) * gradients.itemsize
+            found, leaf.grad = leaf.grad, None
+            of_draws.append(None if found is None else found.contiguous())
+        before = [p.grad for p in self._parameters]
+        if all(gradient is None for gradient in before):
+            gradients, views = self._gradients, self._views
+        else:  # What is there already may be these very gradients, of an earlier step.
+            gradients = torch.empty_like(self._gradients)
+            views = self._viewed(gradients)
         read = self._precisions.data_ptr(), *self._kept
-        compiled.hand_on(*self._factors, addresses(of_draws), of_kl, *read, start, start + apart)
-        for parameter, found in zip(self._parameters, self._viewed(gradients) if adds else self._views, strict=True):
-            parameter.grad = found if parameter.grad is None else parameter.grad.add_(found)
+        of_means, of_log_stds = gradients.data_ptr(), gradients.data_ptr() + gradients.stride(0) * gradients.itemsize
+        compiled.hand_on(*self._factors, addresses(of_draws), of_kl, *read, of_means, of_log_stds)
+        for parameter, gradient, found in zip(self._parameters, before, views, strict=True):
+            parameter.grad = found if gradient is None else gradient.add_(found)
 
     def _viewed(self, gradients: Tensor) -> list[Tensor]:
         """Of means, then of log standard deviations, in the shapes of the parameters."""

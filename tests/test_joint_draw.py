@@ -82,6 +82,14 @@ def test_large_factors_and_bonds_without_slices(kind):
     check(model)
 
 
+@pytest.mark.parametrize("rank", [1, 5, 8, 20, 63, 64, 65, 80])
+def test_many_rows_of_every_rank(rank):
+    """Rows of a factor are worked on several at once, up to a rank, and their sums are handed on in between."""
+    model = nn.ModuleList([rf.LowRankTensor((2100 + rank, 90), rf.TT(rank, out_modes=(2100 + rank,), in_modes=(90,)))])
+    assert model[0].factors[0].shape == (2100 + rank, rank)
+    check(model)
+
+
 def one_factor(entries, log_std=0.0):
     """A tensor whose first factor has so many entries, of mean 0."""
     t = rf.LowRankTensor((entries, 1), rf.TT(1, out_modes=(entries,), in_modes=(1,)))
