@@ -162,11 +162,12 @@ class Embedding(_Table):
         self._see(count, count)
         layout = weight.layout
         ids, gone = left(weight, layout, input)
-        rows = read(layout, weight.drawn(), ids)
+        factors = weight.drawn()
+        rows = read(layout, factors, ids)
         if self.padding_idx is not None:
             rows = rows.without(self.padding_idx)
         rows = rows.with_zeros(gone)
-        read_rows = _of_type(weight.dtype, rows.widened(rows.taken()))
+        read_rows = _of_type(factors[0].dtype, rows.widened(rows.taken()))
         if self.padding_row is None:
             return read_rows
         return torch.where((input == self.padding_idx).unsqueeze(-1), self.padding_row, read_rows)
@@ -295,9 +296,10 @@ class EmbeddingBag(_Table):
         self._see(input.numel(), bags)
         layout = weight.layout
         ids, gone = left(weight, layout, input)
-        rows = read(layout, weight.drawn(), ids, bags).with_zeros(gone)
+        factors = weight.drawn()
+        rows = read(layout, factors, ids, bags).with_zeros(gone)
         how = Bags(offsets, self.include_last_offset, self.mode, self.padding_idx, per_sample_weights)
-        return _of_type(weight.dtype, rows.widened(rows.reduced(how)))
+        return _of_type(factors[0].dtype, rows.widened(rows.reduced(how)))
 
     def __repr__(self) -> str:
         return f"EmbeddingBag({self.num_embeddings}, {self.embedding_dim}, {self.mode!r}, {self._described()})"

@@ -38,7 +38,7 @@ def check_ids(weight: LowRankTensor, ids: Tensor, kind: str) -> None:
         message = f"{_named(weight, kind)} has {weight.shape[0]} rows, and an id is none of them."
         torch._assert_async(inside, message)  # pyright: ignore[reportPrivateImportUsage]
         return
-    low, high = (int(bound) for bound in ids.aminmax())
+    low, high = map(int, ids.aminmax())
     if low < 0 or high >= weight.shape[0]:
         raise IndexError(
             f"{_named(weight, kind)} has {weight.shape[0]} rows, but ids go from {low} to {high}. "
