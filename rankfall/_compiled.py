@@ -105,7 +105,7 @@ def address(tensor: Tensor | None) -> int | None:
 
 def addresses(tensors: Iterable[Tensor | None]) -> "ctypes.Array[c_void_p]":
     """The same of several, as C takes them."""
-    found = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    found = list(map(address, tensors))
     return (c_void_p * len(found))(*found)
 
 

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 _BATCH, _LENGTH = 64, 32
 _FAR = 0.1  # Relative; TF32 and bfloat16 stay well below.
 
+_Kind: TypeAlias = tuple[type[nn.RNNBase], tuple[int | bool, ...], torch.device, torch.dtype]
+_TRIED: dict[_Kind, bool] = {}
+
 
 @contextmanager
 def cudnn_where_right(like: nn.RNNBase, x: Tensor) -> Iterator[None]:
@@ -54,10 +57,6 @@ def _is_asked(device: torch.device) -> bool:
 
 def _is_captured() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
-_Kind: TypeAlias = tuple[type[nn.RNNBase], tuple[int | bool, ...], torch.device, torch.dtype]
-_TRIED: dict[_Kind, bool] = {}
 
 
 def _agrees(kind: _Kind) -> bool:

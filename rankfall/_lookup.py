@@ -3,6 +3,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -312,10 +313,8 @@ def read_by(way: Reading, layout: Layout, factors: Sequence[Tensor], ids: Int[Te
     """The same in a given way."""
     if way.compiled:
         # Compiled code takes factors of one type.
-        if torch.is_autocast_enabled("cpu"):
-            with torch.autocast("cpu", enabled=False):
-                chain = _chain_by(way, layout, factors)
-        else:
+        narrows = torch.is_autocast_enabled("cpu")
+        with torch.autocast("cpu", enabled=False) if narrows else nullcontext():
             chain = _chain_by(way, layout, factors)
         return SortedRows(chain, ids, layout.shape[1], in_blocks=way.forms_table)
     after = first = None

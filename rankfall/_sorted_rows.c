@@ -74,7 +74,7 @@ typedef struct {
     Size second; /* Up to which second digit, it not included, the gradient of the second factor is there. */
     Packing packing;
     REAL *memory, *turned;
-    const REAL *of_row; /* The gradient of the last product: where it was given, or where those of equal ids are added. */
+    const REAL *of_row; /* The gradient of the last product: where it was given, or where those of equal ids are. */
 } Chain;
 
 static inline Size least(Size a, Size b) { return a < b ? a : b; }
@@ -298,7 +298,7 @@ static void hand_on_block(Chain *chain)
         add(first->across, 1, block->of_left + n * first->across, first->gradient + block->first[n] * first->across);
 }
 
-/* Takes the gradient of a row, times a weight if there is one, for its id. Most ids come once, and need no copy of it. */
+/* Takes the gradient of a row, times a weight if there is one, for its id. An id that comes once needs no copy. */
 static inline void take(Chain *chain, Part *last, const REAL *weight, const REAL *its)
 {
     const REAL factor = weight ? *weight : 1;

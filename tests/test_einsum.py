@@ -92,7 +92,7 @@ _HAVE = (1, 1, 0, 1), (1, 0, 1, 1)
 
 @pytest.mark.parametrize("modes", [((6, 5), (4, 7)), ((3, 5, 2), (2, 7, 2))], ids=str)
 def test_thin_matrices_of_cp_lie_along_their_long_side(modes):
-    """With the rank last in memory their gradients take a third longer, and what factors get of these four times."""
+    """With the rank last in memory gradients take up to a third longer, and what factors get of these several times."""
     out_modes, in_modes = modes
     tensor = rf.LowRankTensor((30, 28), rf.CP(20, out_modes=out_modes, in_modes=in_modes))
     shapes = shapes_of(tensor.factors)

@@ -61,7 +61,7 @@ def test_an_error_on_one_process_stops_all(answers, name, origin, text):
 def test_the_command_line_trains_and_says_nothing_else(tmp_path):
     port = free_port()
     command = [sys.executable, "-W", "error::UserWarning:torch", "-m", "rankfall", "train", "digits"]
-    options = ["--epochs", "4", "--limit", "500", "--cuda-graphs", "--out", "run"]
+    options = ["--epochs", "4", "--limit", "500", "--out", "run"]
     processes = [
         subprocess.Popen(
             command + options,
