@@ -65,6 +65,10 @@ def kl_of_factors(prior: Prior, tensors: Sequence[Factors], *, hyperprior: bool 
     """
     flat, parameters = joined_factors(tensors)
     with torch.autocast(parameters[0].device.type, enabled=False):
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            mean, log_std = flat.joined(parameters)  # torch.func has no use for a gradient in closed form.
+            std = None if log_std is None else log_std.exp()
+            return _bound(flat, prior, mean, log_std, std, hyperprior=hyperprior)[0]
         value: Tensor = _Divergence.apply(flat, prior, hyperprior, *parameters)  # pyright: ignore
     return value
 
@@ -295,6 +299,7 @@ _Shapes: TypeAlias = tuple[tuple[Layout, tuple[torch.Size, ...]], ...]
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(mode=False)  # What is kept may be needed where gradients are.
 def flat_of(tensors: _Shapes, device: torch.device, dtype: torch.dtype) -> Flat:
     """Made once for today's ranks, since that waits for the device."""
     counts: list[int] = []

@@ -4,7 +4,7 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, ReduceLROnPlateau
 
 from rankfall._elbo import JointDraw, check_weights
 from rankfall._graphs import Pass, Replayed
@@ -94,12 +94,13 @@ def fit(  # noqa: PLR0913  one call with defaults is what a reference loop is fo
         epochs: Passes over the loader, all in all: a resumed run does what is left.
         num_data: Size of the whole training set. With augmentation it is larger than the number of examples, by as
             many views as each is worth.
-        optimizer: Any torch optimizer over the model's parameters; None for Adam on `rf.parameter_groups(model, 1e-3)`.
+        optimizer: Any torch optimizer but LBFGS over the model's parameters; None for Adam on
+            `rf.parameter_groups(model, 1e-3)`.
         beta: Weight of the KL; 1 is the evidence lower bound.
         kl_warmup: Epochs over which that weight rises from 0, so that the data speaks first; no cut happens in them.
             None for a twentieth of the run.
         selection: When and how ranks change: rf.Evidence(), rf.Shrinkage(threshold), or None for fixed ranks.
-        scheduler: Stepped once an epoch; None for a cosine from the optimizer's learning rate to 0.
+        scheduler: Stepped once an epoch; None for a cosine from the optimizer's learning rate to 0, which is put back.
         evaluate: Called after each epoch in eval mode without gradients, on every process; what it returns on the
             first one joins the record.
         on_epoch: Called after each epoch with the history so far, once the checkpoint is safe, on the first process.
@@ -132,7 +133,8 @@ def fit(  # noqa: PLR0913  one call with defaults is what a reference loop is fo
     processes.on_first(lambda: _check_folder(checkpoint))
     batches = Shard(loader, processes)
     optimizer = torch.optim.Adam(parameter_groups(model, _LR)) if optimizer is None else optimizer
-    scheduler = CosineAnnealingLR(optimizer, T_max=max(epochs, 1)) if scheduler is None else scheduler
+    _check_steps(optimizer, scheduler, accelerator)
+    has_own, scheduler = scheduler is not None, scheduler or CosineAnnealingLR(optimizer, T_max=epochs)
     has_kl = any(low_rank_tensors(model))
     state = RunState(model, optimizer, scheduler, loader, epochs)
     state.check_alike(processes)
@@ -140,6 +142,7 @@ def fit(  # noqa: PLR0913  one call with defaults is what a reference loop is fo
     sample = partial(take_sample, model, batches, nll, accelerator, processes)
     training = Training(epochs, kl_warmup, num_data, beta, sample, processes.agree)
     with (
+        nullcontext() if has_own else _step_sizes_put_back(optimizer),
         _prepared(accelerator, model, optimizer) as (prepared, stepper),
         ProgressBar(epochs, len(history), shown=progress and processes.is_first) as bar,
     ):
@@ -183,6 +186,18 @@ def _check_arguments(epochs: int, num_data: int, beta: float, kl_warmup: int) ->
     check_weights(num_data, beta)
     if kl_warmup < 0:
         raise ValueError(f"kl_warmup must be 0 epochs or more, got {kl_warmup}.")
+
+
+def _check_steps(optimizer: Optimizer, scheduler: LRScheduler | None, accelerator: "Accelerator") -> None:
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError("rf.fit makes one pass for each step, and LBFGS asks for several. Pass for example Adam.")
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise ValueError("rf.fit steps a scheduler by epochs, and ReduceLROnPlateau by a loss. Pass another one.")
+    if (parts := accelerator.gradient_accumulation_steps) != 1:
+        raise ValueError(
+            f"rf.fit makes a step of each batch, and the accelerator adds up {parts} of them. "
+            "Pass one without gradient_accumulation_steps, and larger batches."
+        )
 
 
 def _check_folder(checkpoint: Path | str | None) -> None:
@@ -249,6 +264,17 @@ def _prepared(
         accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
 
 
+@contextmanager
+def _step_sizes_put_back(optimizer: Optimizer) -> Iterator[None]:
+    """Afterwards an optimizer has the step sizes that its schedule began with, for whoever goes on with it."""
+    try:
+        yield
+    finally:
+        for group in optimizer.param_groups:
+            lr, first = group["lr"], group["initial_lr"]
+            group["lr"] = lr.copy_(first) if isinstance(lr, Tensor) else first
+
+
 class _Objective:
     """The loss of one batch in one epoch, checked."""
 
@@ -265,20 +291,19 @@ class _Objective:
         self.accelerator, self.processes, self.epoch = accelerator, processes, epoch
         self.draw = None if kl_weight is None else JointDraw(model)
 
-    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """(nll of each datum, KL, loss)."""
+    def passes(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """(nll of each datum, KL, loss) without their graph; the parameters have their gradients then."""
+        batch = to_device(batch, self.accelerator.device)
         if self.draw is None or self.kl_weight is None:
             each = self._nll(batch)
-            return each, each.new_zeros(()), each.mean()
-        with self.draw() as divergence:
-            each = self._nll(batch)
-        return each, divergence, each.mean() + self.kl_weight * divergence
-
-    def passes(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """The same without their graph, whose gradients the parameters have then."""
-        each, divergence, loss = self(to_device(batch, self.accelerator.device))
-        self.accelerator.backward(loss)
-        if self.draw is not None:
+            loss, divergence = each.mean(), each.new_zeros(())
+            self.accelerator.backward(loss)
+        else:
+            # Backward inside, since what is computed again for it (activation checkpointing) needs the same draw.
+            with self.draw() as divergence:
+                each = self._nll(batch)
+                loss = each.mean() + self.kl_weight * divergence
+                self.accelerator.backward(loss)
             self.draw.hand_on_()
         return each.detach(), divergence.detach(), loss.detach()
 
@@ -318,11 +343,14 @@ class _Sums:
     """What an epoch adds up."""
 
     def __init__(self, device: torch.device) -> None:
-        self.nll, self.square, self.loss, self.kl = (torch.zeros((), device=device) for _ in range(4))
+        # Squares of large losses leave nothing of their spread in float32, which is all that Apple's GPUs have.
+        self.wide = torch.float32 if device.type == "mps" else torch.float64
+        self.nll, self.square, self.loss, self.kl = (torch.zeros((), device=device, dtype=self.wide) for _ in range(4))
         self.examples = self.steps = 0
 
     def add(self, each: Tensor, loss: Tensor) -> None:
         """One step: the NLL of this process's examples, and the loss of all of them."""
+        each = each.to(self.wide)
         self.nll += each.sum()
         self.square += each.square().sum()
         self.loss += loss

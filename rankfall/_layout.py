@@ -124,8 +124,9 @@ def cut_to(layout: Layout, digits: int) -> Layout:
 
 
 def mode_names(modes: Sequence[Modes]) -> tuple[Axes, ...]:
-    """A name for each mode of each axis: o1, o2 and so on for the first, i1 for the second."""
+    """A name for each mode of each axis: o1, o2 and so on for the first, i1 for the second, oo1 for the 17th."""
+    count = len(_AXIS_LETTERS)
+    letters = (_AXIS_LETTERS[axis % count] * (1 + axis // count) for axis in range(len(modes)))
     return tuple(
-        tuple(f"{letter}{k + 1}" for k in range(len(sizes)))
-        for letter, sizes in zip(_AXIS_LETTERS[: len(modes)], modes, strict=True)
+        tuple(f"{letter}{k + 1}" for k in range(len(sizes))) for letter, sizes in zip(letters, modes, strict=True)
     )

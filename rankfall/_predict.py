@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The posterior predictive: what a model says under draws of its factors."""
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,9 @@ from rankfall._statistics import keeping, measuring, normalised_layers
 from rankfall._tensor import LowRankTensor
 from rankfall._walk import finite_tensors
 
+# Modes and draws are the model's, so a second thread would take those of the first for its own.
+_ONE_AT_A_TIME = threading.RLock()
+
 
 @torch.no_grad()
 def predict(
@@ -24,8 +28,8 @@ def predict(
     """The outputs of a model under draws of all its factors from the posterior, stacked.
 
     Every draw is one set of factors for the whole input. Dropout and normalisation act as in eval mode; the model is
-    left in the modes that it was in. The predictive distribution is the mean over draws of the likelihood, so average
-    probabilities and not logits:
+    left in the modes that it was in. Calls from several threads wait for each other. The predictive distribution is the
+    mean over draws of the likelihood, so average probabilities and not logits:
 
         p(y | x) = mean over draws w of p(y | x, w)
 
@@ -51,7 +55,7 @@ def predict(
         raise ValueError(f"samples must be 1 or more, got {samples}.")
     tensors = [tensor for _, tensor in finite_tensors(model, "draw from")]
     outputs, layers = [], normalised_layers(model) if batch_norm_inputs else []
-    with _drawing(model), keeping(layers):
+    with _ONE_AT_A_TIME, _drawing(model), keeping(layers):
         for _ in range(samples):
             with _held_draw(tensors):
                 with measuring(layers):

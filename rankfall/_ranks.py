@@ -155,5 +155,6 @@ def grow_ranks_(model: M, optimizer: Optimizer | None = None, *, slices: int = 1
     for _, tensor in finite_tensors(model, "grow"):
         largest = tensor.format.start_ranks(tensor.layout)
         for bond, rank in tensor.ranks.items():
-            tensor.grow_slices_(bond, min(slices, largest[bond] - rank), optimizer)
+            # A rank may be above its start, by load_state_dict, or because rows were cut since.
+            tensor.grow_slices_(bond, max(min(slices, largest[bond] - rank), 0), optimizer)
     return model

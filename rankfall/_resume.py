@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything that the next epoch of a run depends on: to and from a file, and from process to process."""
 
+import numbers
 import random
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -46,6 +47,7 @@ class RunState:
             return
         state: Record = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {"epochs": self.epochs, "history": history, "random": self._order_and_noise()}
+        state |= {name: _plain(part) for name, part in state.items() if name != "model"}
         write_atomic(path, lambda temporary: torch.save(state, temporary))
 
     def restore(self, path: Path | str | None) -> list[Record]:
@@ -57,7 +59,7 @@ class RunState:
         if path is None or not Path(path).exists():
             return []
         try:
-            state = torch.load(path, weights_only=True)
+            state = torch.load(path, weights_only=True, map_location="cpu")
             started, parts = state["epochs"], {name: state[name] for name in self.parts}
         except Exception as error:
             raise ValueError(
@@ -114,3 +116,13 @@ class RunState:
             self.generator.set_state(states["loader"])
         if self.loader is not None and states.get("place") is not None:
             self.loader.load_state_dict(states["place"])
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401
+    """The same with Python's numbers for NumPy's, such as a step size or a metric: no file with these is read back."""
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_plain, value))
+    is_numpy = isinstance(value, numbers.Number) and type(value).__module__ == "numpy"
+    return value.item() if is_numpy else value  # pyright: ignore[reportAttributeAccessIssue]

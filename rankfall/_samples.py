@@ -25,7 +25,9 @@ _NORMALISED_BY = 4096  # Examples that statistics of batch normalisation at the 
 def normalise_(model: nn.Module, sample: Callable[[int], object], processes: Processes) -> None:
     """Statistics of batch normalisation as they are at the posterior mean, and those of the first process on each."""
     if learns_under_draws(model):
-        with evaluating(model), measuring(normalised_layers(model)):
+        # Layers that are in eval mode while the model trains are frozen, and keep their statistics.
+        learning = [layer for layer in normalised_layers(model) if layer.training]
+        with evaluating(model), measuring(learning):
             sample(_NORMALISED_BY)
     share_buffers_(model, processes)
 
@@ -64,6 +66,10 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     """A batch with all its tensors, however deep in mappings and sequences, on a device."""
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
+    if callable(move := getattr(batch, "to", None)):  # A PackedSequence, or what a tokenizer gives.
+        return move(device)
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(value, device) for value in batch))
     if isinstance(batch, Mapping):
         return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, Sequence) and not isinstance(batch, str):

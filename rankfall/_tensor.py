@@ -322,7 +322,14 @@ def _resize_to_incoming(module: nn.Module, state: Mapping[str, Any], prefix: str
     shapes = [tuple(state[key].shape) for k in range(len(module.factors)) if (key := f"{prefix}factors.{k}") in state]
     if not module.fits(shapes):
         return
+    before = [log_std.shape for log_std in module.log_stds]
     for parameters in (module.factors, module.log_stds):
         for parameter, shape in zip(parameters, shapes, strict=False):
             resize_(parameter, shape)
+    for k, (log_std, shape) in enumerate(zip(module.log_stds, before, strict=True)):
+        # A state of a Point posterior has none: where ranks are others, they start afresh.
+        if log_std.shape != shape and f"{prefix}log_stds.{k}" not in state:
+            start = module.posterior.initial_log_std(state[f"{prefix}factors.{k}"].detach())
+            assert start is not None, "who has log stds has a start for them"
+            log_std.data.copy_(start)
     assert module.rows <= module.shape[0], "the layout is today's before anything is compiled"

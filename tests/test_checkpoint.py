@@ -290,3 +290,12 @@ def test_the_written_file_is_readable_like_any_other(tmp_path):
     write_atomic(tmp_path / "atomic", lambda temporary: temporary.write_text("x"))
     rf.save(dense_model(), tmp_path / "model")
     assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
+
+
+def test_standard_deviations_that_a_state_lacks_start_afresh_at_its_ranks():
+    point, spread = (rf.nn.Linear(12, 20, format=rf.TTM(4), posterior=p) for p in (rf.Point(), rf.MeanField(0.5)))
+    point.weight.keep_slices_("r1", torch.tensor([0, 1]))
+    spread.load_state_dict(point.state_dict(), strict=False)
+    fresh = [rf.MeanField(0.5).initial_log_std(factor) for factor in spread.weight.factors]
+    for log_std, wanted in zip(spread.weight.log_stds, fresh, strict=True):
+        torch.testing.assert_close(log_std, wanted)

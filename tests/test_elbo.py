@@ -206,3 +206,32 @@ def test_joint_draws_have_the_spread_of_the_posterior():
     drawn = torch.stack(drawn)
     torch.testing.assert_close(drawn.std(0), tensor.log_stds[0].exp(), rtol=0.1, atol=0)
     assert bool(((drawn.mean(0) - tensor.factors[0]).abs() < 5 * tensor.log_stds[0].exp() / 4000**0.5).all())
+
+
+def test_the_gradient_of_the_kl_by_torch_func_is_that_of_autograd(posterior):
+    tensor = rf.LowRankTensor((12, 20), rf.TTM(4), posterior=posterior)
+    parameters = dict(tensor.named_parameters())
+    found = torch.func.grad(lambda p: torch.func.functional_call(_Kl(tensor), p, ()))(
+        {f"tensor.{name}": p.detach() for name, p in parameters.items()}
+    )
+    wanted = torch.autograd.grad(rf.kl(tensor), list(parameters.values()))
+    for name, gradient in zip(parameters, wanted, strict=True):
+        torch.testing.assert_close(found[f"tensor.{name}"], gradient)
+
+
+class _Kl(nn.Module):
+    def __init__(self, tensor):
+        super().__init__()
+        self.tensor = tensor
+
+    def forward(self):
+        return self.tensor.kl()
+
+
+def test_a_kl_in_inference_mode_leaves_nothing_behind():
+    layer = rf.nn.Linear(13, 21, format=rf.TTM(3))
+    with torch.inference_mode():
+        rf.kl(layer)
+    first = torch.autograd.grad(rf.kl(layer), list(layer.weight.factors), create_graph=True)
+    sum(one.square().sum() for one in first).backward()
+    assert all(bool(factor.grad.isfinite().all()) for factor in layer.weight.factors)

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
+import math
+from collections import namedtuple
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import rankfall as rf
 from fit_runs import N, data, fit, model_of, same_bits, shuffled, squared_error, state_of
@@ -90,7 +93,16 @@ def test_default_schedule_is_a_cosine_to_zero():
     history = fit(model, optimizer=optimizer, epochs=4)
     expected = [1e-2 * (1 + torch.cos(torch.tensor(torch.pi * k / 4)).item()) / 2 for k in range(4)]
     assert [record["lr"] for record in history] == pytest.approx(expected, rel=1e-5)
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("lr", [1e-2, torch.tensor(1e-2)])
+def test_an_optimizer_gets_its_step_size_back_for_who_goes_on_with_it(lr):
+    model = model_of()
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+    first = fit(model, optimizer=optimizer, epochs=4, selection=None)
+    assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(1e-2)
+    again = fit(model, optimizer=optimizer, epochs=4, selection=None)
+    assert [float(record["lr"]) for record in again] == pytest.approx([float(record["lr"]) for record in first])
 
 
 def test_a_custom_scheduler_steps_once_an_epoch():
@@ -121,6 +133,19 @@ def test_batches_may_be_mappings_and_nested():
         return (model(batch["in"][0]) - batch["out"]).square().sum(1)
 
     assert len(fit(model_of(), [{"in": [x], "out": y, "name": "first"}], nll, epochs=1)) == 1
+
+
+def test_batches_may_be_what_moves_itself_and_tuples_with_names():
+    Named = namedtuple("Named", ["packed", "y"])
+    torch.manual_seed(0)
+    layer = rf.nn.LSTM(12, 3, format=rf.TT(4))
+    x, y = data()
+    packed = nn.utils.rnn.pack_sequence([x[:4], x[4:6]])
+
+    def nll(model, batch):
+        return (nn.utils.rnn.pad_packed_sequence(model(batch.packed)[0])[0][-1] - batch.y).square().sum(1)
+
+    assert len(fit(layer, [Named(packed, y[:2])], nll, epochs=1, num_data=2, selection=None)) == 1
 
 
 def test_nan_in_the_data_stops_before_it_reaches_the_parameters():
@@ -190,6 +215,14 @@ def test_an_empty_loader_is_refused():
         ({"kl_warmup": -1}, r"kl_warmup must be 0 epochs or more, got -1"),
         ({"num_data": float("inf")}, r"num_data must be positive, got inf"),
         ({"checkpoint": "nowhere/run.pt"}, r"no folder nowhere for the checkpoint. Make it first"),
+        (
+            {"optimizer": torch.optim.LBFGS([torch.zeros(1)])},
+            r"rf.fit makes one pass for each step, and LBFGS asks for several. Pass for example Adam",
+        ),
+        (
+            {"scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau(torch.optim.SGD([torch.zeros(1)]))},
+            r"rf.fit steps a scheduler by epochs, and ReduceLROnPlateau by a loss. Pass another one",
+        ),
     ],
 )
 def test_arguments_out_of_range_change_nothing(arguments, text):
@@ -198,6 +231,18 @@ def test_arguments_out_of_range_change_nothing(arguments, text):
     with pytest.raises(ValueError, match=text):
         fit(model, **arguments)
     assert same_bits(state_of(model), before)
+
+
+def test_an_accelerator_that_adds_up_batches_is_refused():
+    text = (
+        r"rf.fit makes a step of each batch, and the accelerator adds up 4 of them. "
+        r"Pass one without gradient_accumulation_steps, and larger batches"
+    )
+    try:
+        with pytest.raises(ValueError, match=text):
+            fit(model_of(), accelerator=Accelerator(gradient_accumulation_steps=4))
+    finally:  # All accelerators of a process share it.
+        GradientState._reset_state()
 
 
 def test_progress_is_shown_only_if_wanted(capsys, monkeypatch):
@@ -246,3 +291,39 @@ def test_a_fit_leaves_a_model_that_can_be_copied():
     twin = copy.deepcopy(model)
     x, _ = data()
     assert torch.equal(twin.eval()(x), model.eval()(x))
+
+
+class _Again(nn.Module):
+    """A network that is computed again for its gradient, or not."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.block, self.reentrant = model_of(), reentrant
+
+    def forward(self, x):
+        if self.reentrant is None:
+            return self.block(x)
+        return checkpoint(self.block, x.detach().requires_grad_(), use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_changes_nothing(reentrant):
+    """What is computed again for the gradient has the draw of the forward."""
+    found = []
+    for kind in (None, reentrant):
+        model = _Again(kind)
+        torch.manual_seed(5)
+        fit(model, epochs=1, kl_warmup=0, selection=None, optimizer=torch.optim.SGD(model.parameters(), lr=1e-2))
+        found.append(state_of(model))
+    assert same_bits(*found)
+
+
+def test_the_error_of_the_nll_is_that_of_its_spread_however_large_it_is():
+    model = nn.Linear(12, 3)
+    spread = torch.randn(N, generator=torch.Generator().manual_seed(0)).double()
+
+    def nll(model, batch):
+        return 1e4 + spread.float() + 0 * model(batch[0]).sum(1)
+
+    (record,) = fit(model, nll=nll, epochs=1)
+    assert record["nll_error"] == pytest.approx(float(spread.std(unbiased=False)) / math.sqrt(N), rel=1e-2)

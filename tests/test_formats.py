@@ -145,3 +145,8 @@ def test_description_names_format_modes_and_ranks():
     layer = rf.nn.Linear(20, 6, format=rf.TTM(2, out_modes=(2, 3), in_modes=(4, 5)))
     assert repr(layer) == "Linear(20, 6, bias=True, TTM, modes=(2 3) x (4 5), ranks={'r1': 2})"
     assert repr(layer.weight) == "LowRankTensor((6, 20), TTM, modes=(2 3) x (4 5), ranks={'r1': 2})"
+
+
+def test_a_tensor_may_have_any_number_of_axes():
+    tensor = rf.LowRankTensor((2,) * 18, rf.TT(2))
+    assert tensor.dense().shape == (2,) * 18

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -88,3 +89,14 @@ class Pair(nn.Module):
 def test_errors(model, samples, error, text):
     with pytest.raises(error, match=re.escape(text)):
         rf.predict(model, torch.randn(2, 12 if not isinstance(model, Pair) else 4), samples=samples)
+
+
+def test_calls_from_several_threads_leave_the_modes_of_a_model():
+    model = nn.Sequential(rf.nn.Linear(12, 3, format=rf.TTM(4))).eval()
+    x = torch.randn(5, 12)
+    before = model(x)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: rf.predict(model, x, samples=4), range(100)))
+    assert all(one.shape == (4, 5, 3) for one in found)
+    assert not any(module.training for module in model.modules())
+    assert torch.equal(model(x), before)

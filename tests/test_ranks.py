@@ -211,3 +211,10 @@ def test_loading_other_ranks_while_a_loss_is_still_referred_to(kind):
     loss = layer(x).square().mean()
     loss.backward()
     assert layer.weight.factors[0].grad.shape == smaller.weight.factors[0].shape
+
+
+def test_a_rank_above_its_start_does_not_grow():
+    layer = rf.nn.Linear(64, 64, format=rf.TTM(4))
+    layer.load_state_dict(rf.nn.Linear(64, 64, format=rf.TTM(8)).state_dict())
+    before = rf.ranks(layer)
+    assert rf.ranks(rf.grow_ranks_(layer)) == before

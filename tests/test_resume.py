@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints of rf.fit: a run that was stopped ends as it would have, and what does not fit is refused."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -154,3 +155,18 @@ def test_a_checkpoint_of_another_optimizer_changes_nothing(tmp_path):
     with pytest.raises(ValueError, match=r"of an optimizer with other parameter groups. Make the optimizer as before"):
         fit(model, checkpoint=path, optimizer=optimizer)
     assert same_bits(state_of(model), before)
+
+
+def test_numbers_of_numpy_do_not_keep_a_run_from_going_on(tmp_path):
+    """They pass for Python's, as a metric or a step size, and torch does not read them back."""
+
+    def run():
+        model = model_of()
+        optimizer = torch.optim.Adam(model.parameters(), lr=np.float64(1e-2))
+        found = fit(
+            model, optimizer=optimizer, checkpoint=tmp_path / "run.pt", evaluate=lambda: {"auc": np.float64(0.5)}
+        )
+        assert [record["auc"] for record in found] == [0.5] * 3
+        return state_of(model)
+
+    assert same_bits(run(), run())

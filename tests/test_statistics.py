@@ -118,3 +118,18 @@ def test_draws_have_the_statistics_of_each_draw_where_inputs_are_given():
                     factor.copy_(value)
         rf.refit_batch_norm_(drawn, batches)
         torch.testing.assert_close(output, drawn.eval()(x))
+
+
+def test_frozen_normalisation_keeps_its_statistics_in_a_fit():
+    class Frozen(nn.Sequential):
+        def train(self, mode=True):
+            super().train(mode)
+            self[1].eval()
+            return self
+
+    model = Frozen(*network())
+    model[1].running_mean.fill_(5.0)
+    last = model[4].running_mean.clone()
+    fit(model, epochs=1)
+    assert bool((model[1].running_mean == 5.0).all())
+    assert not torch.equal(model[4].running_mean, last)
