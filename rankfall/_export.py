@@ -24,6 +24,12 @@ _Layer: TypeAlias = Linear | Embedding | EmbeddingBag | Conv1d | Conv2d | Conv3d
 _LAYERS = get_args(_Layer)
 _POINTS = 256  # Positions of the output of a convolution, taken for its plan: a picture of 16 x 16.
 _CONVOLUTIONS = {Conv1d: nn.Conv1d, Conv2d: nn.Conv2d, Conv3d: nn.Conv3d}
+_SLIDING = ("stride", "padding", "dilation", "groups", "padding_mode")
+_OPTIONS = {
+    Linear: ("in_features", "out_features"),
+    Embedding: ("num_embeddings", "embedding_dim", "padding_idx"),
+    EmbeddingBag: ("num_embeddings", "embedding_dim", "padding_idx", "mode", "include_last_offset"),
+} | dict.fromkeys(_CONVOLUTIONS, ("in_channels", "out_channels", "kernel_size", *_SLIDING))
 
 
 def export(model: nn.Module, dense: bool = False, *, batch_size: int = 1) -> nn.Module:
@@ -31,9 +37,9 @@ def export(model: nn.Module, dense: bool = False, *, batch_size: int = 1) -> nn.
 
     The copy keeps the factors of linear layers, embeddings, bags and convolutions and their contraction (a
     torch.fx.GraphModule of einsums per layer), or has formed weights. A convolution that is cheaper as a sequence of
-    small ones (1 x 1, k x k, 1 x 1) becomes an nn.Sequential of them. Recurrent and attention layers always become
-    torch's own with formed weights. `torch.save(export(model), path)` gives a file that loads where rankfall is
-    not installed.
+    small ones (1 x 1, k x k, 1 x 1) becomes an nn.Sequential of them. All have the options of torch's layer, such as
+    in_features or padding_idx, as attributes. Recurrent and attention layers always become torch's own with formed
+    weights. `torch.save(export(model), path)` gives a file that loads where rankfall is not installed.
 
     Example:
         >>> model = nn.Sequential(rf.nn.Linear(12, 20, format=rf.TTM(4)), nn.ReLU()).eval()
@@ -75,9 +81,9 @@ def _plain(layer: _Layer, dense: bool, batch_size: int, shared: dict[int, list[n
         return _formed(layer)
     if isinstance(layer, Linear | Embedding | EmbeddingBag) and not dense:
         make: Any = {Linear: _factored_linear, Embedding: _factored_embedding, EmbeddingBag: _factored_bag}[type(layer)]
-        return make(layer, _shared_factors(layer.weight, shared), batch_size)
+        return _with_options(make(layer, _shared_factors(layer.weight, shared), batch_size), layer)
     if isinstance(layer, Conv1d | Conv2d | Conv3d) and not dense:
-        return _factored_convolution(layer, shared, batch_size)
+        return _with_options(_factored_convolution(layer, shared, batch_size), layer)
     if id(layer.weight) not in shared:
         shared[id(layer.weight)] = [_parameter(layer.weight.dense(), layer.weight)]
     weight = shared[id(layer.weight)][0]
@@ -86,6 +92,16 @@ def _plain(layer: _Layer, dense: bool, batch_size: int, shared: dict[int, list[n
     if isinstance(layer, Embedding | EmbeddingBag):
         return _dense_table(layer, weight)
     return _dense_convolution(layer, weight)
+
+
+def _with_options(plain: nn.Module, layer: nn.Module) -> nn.Module:
+    """With what the forward of a model may read of torch's layer."""
+    options = {name: getattr(layer, name) for name in _OPTIONS[type(layer)]}
+    for name, value in options.items():
+        setattr(plain, name, value)
+    if isinstance(plain, fx.GraphModule):
+        plain.meta["_user_preserved_attributes"] = options  # A deep copy of it has no others.
+    return plain
 
 
 def _shared_factors(weight: LowRankTensor, shared: dict[int, list[nn.Parameter]]) -> list[nn.Parameter]:
@@ -134,7 +150,7 @@ def _factored_convolution(
 
 
 def _options_of(layer: Conv1d | Conv2d | Conv3d) -> dict[str, Any]:
-    return {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups", "padding_mode")}
+    return {name: getattr(layer, name) for name in _SLIDING}
 
 
 def _forming_convolution(layer: Conv1d | Conv2d | Conv3d, factors: list[nn.Parameter]) -> fx.GraphModule:

@@ -152,6 +152,21 @@ def test_attention_drops_out_in_train_mode_alone():
     assert not differs()
 
 
+@pytest.mark.parametrize("need_weights", [True, False], ids=["torch's own", "by the factors"])
+def test_options_may_be_set_afterwards(need_weights):
+    layer, dense = pair(rf.TT(3), dropout=0.9)
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    layer(x, x, x, need_weights=need_weights)
+    for one in (layer, dense):
+        one.dropout, one.batch_first, one.num_heads = 0.0, True, 4
+    others = {n: p for n, p in layer.named_parameters() if "factors" not in n and "log_stds" not in n}
+    expected = torch.func.functional_call(dense, drawn_weights(layer) | others, (x, x, x))[0]
+    torch.manual_seed(SEED)
+    close(layer(x, x, x, need_weights=need_weights)[0], expected)
+    assert (layer.dropout, layer.batch_first, layer.num_heads) == (0.0, True, 4)
+    assert repr(layer).startswith("MultiheadAttention(8, 4)")
+
+
 @pytest.mark.parametrize("masks", ["none", "padding", "causal by a hint", "both"])
 def test_attention_under_autocast(masks):
     layer = rf.nn.MultiheadAttention(8, 2, batch_first=True, format=rf.TT(3))

@@ -203,6 +203,21 @@ def test_the_row_of_padding_is_that_of_the_dense_table(tmp_path):
     assert rf.tensorize_(nn.Sequential(dense), rf.TT(2))[0].padding_row is None
 
 
+def test_a_state_of_other_layers_leaves_the_row_of_padding():
+    dense = nn.Embedding(24, 6, padding_idx=3)
+    with torch.no_grad():
+        dense.weight[3] = 1.0  # As an output layer that shares the weight teaches it.
+    layer = rf.nn.Embedding.from_dense(dense, format=rf.TT(4))
+    nn.ModuleDict({"a": layer, "b": nn.Linear(2, 2)}).load_state_dict({"b.bias": torch.zeros(2)}, strict=False)
+    assert torch.equal(layer.padding_row, torch.ones(6))
+    unpadded = rf.nn.Embedding.around(rf.LowRankTensor.from_dense(dense.weight, rf.TT(4)), nn.Embedding(24, 6))
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "padding_row"'):
+        unpadded.load_state_dict(layer.state_dict())
+    unpadded.load_state_dict(layer.state_dict(), strict=False)
+    ids = torch.tensor([3, 4])
+    assert torch.equal(unpadded.eval()(ids)[1], layer.eval()(ids)[1])
+
+
 BAGS = {
     "one bag each": torch.tensor([0, 1, 2, 3, 4, 5]),
     "two bags": torch.tensor([0, 4]),

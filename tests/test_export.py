@@ -1,4 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
+import copy
+import io
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -244,3 +247,59 @@ def test_a_factored_bag_reduces_as_the_layer_does(kind, mode, padding_idx, dtype
     if mode == "sum":
         weights = torch.randn(7)
         torch.testing.assert_close(plain(ids, offsets, weights), layer(ids, offsets, weights), rtol=1e-4, atol=1e-5)
+
+
+PLAIN = {
+    "linear": (rf.nn.Linear, nn.Linear, (12, 20), {}),
+    "embedding": (rf.nn.Embedding, nn.Embedding, (40, 12), {"padding_idx": -3}),
+    "bag": (rf.nn.EmbeddingBag, nn.EmbeddingBag, (40, 12), {"mode": "sum", "padding_idx": 1}),
+    "convolution that forms": (rf.nn.Conv1d, nn.Conv1d, (8, 6, 3), {"padding": "same", "padding_mode": "circular"}),
+    "small convolutions": (rf.nn.Conv2d, nn.Conv2d, (64, 96, 3), {"stride": 2, "padding": 1, "dilation": 2}),
+    "groups": (rf.nn.Conv3d, nn.Conv3d, (4, 8, (1, 2, 3)), {"groups": 2}),
+}
+OF_LINEAR = ("in_features", "out_features")
+OF_TABLES = ("num_embeddings", "embedding_dim", "padding_idx", "mode", "include_last_offset")
+OF_CONVOLUTIONS = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+OPTIONS = (*OF_LINEAR, *OF_TABLES, *OF_CONVOLUTIONS, "padding_mode")
+
+
+def saved_and_loaded(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["factored", "dense"])
+@pytest.mark.parametrize("name", PLAIN)
+def test_the_export_has_the_options_of_torchs_layer(name, dense):
+    ours, theirs, sizes, options = PLAIN[name]
+    wanted = vars(theirs(*sizes, **options))
+    model = rf.export(nn.Sequential(ours(*sizes, format=rf.CP(3), **options)).eval(), dense=dense)
+    copies = (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), saved_and_loaded(copy.deepcopy(model)))
+    for made in (model, *copies, saved_and_loaded(copies[1])):
+        assert {key: getattr(made[0], key) for key in OPTIONS if key in wanted} == {
+            key: wanted[key] for key in OPTIONS if key in wanted
+        }
+
+
+class Reader(nn.Module):
+    """Its forward reads the options of its layers, as those of many models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = rf.nn.Embedding(40, 12, padding_idx=3, format=rf.TT(3))
+        self.slide = rf.nn.Conv1d(12, 96, 3, padding=1, format=rf.CP(2))
+        self.last = rf.nn.Linear(96, 5, format=rf.TT(3))
+
+    def forward(self, ids):
+        x = self.words(ids).view(*ids.shape, self.words.embedding_dim) * (ids != self.words.padding_idx).unsqueeze(-1)
+        x = self.slide(x.mT) * self.slide.kernel_size[0]
+        return self.last(x.mT.reshape(-1, self.last.in_features))
+
+
+def test_a_forward_that_reads_options_runs_and_is_exported_by_torch():
+    model, ids = Reader().eval(), torch.tensor([[3, 39, 0, 7]])
+    plain, expected = rf.export(model), model(ids)
+    for made in (plain, saved_and_loaded(plain), torch.export.export(plain, (ids,)).module()):
+        torch.testing.assert_close(made(ids), expected)

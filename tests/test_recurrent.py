@@ -169,6 +169,21 @@ def test_dropout_between_layers_follows_the_mode():
     assert torch.equal(layer(x)[0], layer(x)[0])
 
 
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS)
+def test_options_may_be_set_afterwards(steps, ours, theirs):
+    layer, dense = pair(ours, theirs, rf.TT(3), num_layers=2, dropout=0.9)
+    x = sequences(4, 3, 6)
+    layer(x)
+    for one in (layer, dense):
+        one.dropout, one.batch_first = 0.0, True
+    check(layer, dense, (x,), [x])
+    assert (layer.dropout, layer.batch_first) == (0.0, True)
+    assert repr(layer).startswith(f"{ours.__name__}(6, 8, num_layers=2, batch_first=True)")
+    assert repr(copy.deepcopy(layer)) == repr(pickle.loads(pickle.dumps(layer))) == repr(layer)
+    plain = rf.export(nn.Sequential(layer))[0]
+    assert (plain.dropout, plain.batch_first) == (0.0, True)
+
+
 def test_after_cuts_down_to_zero(kind):
     layer, dense = pair(rf.nn.GRU, nn.GRU, kind(3))
     for tensor in weights_of(layer).values():

@@ -15,7 +15,8 @@ from rankfall._priors import Prior
 from rankfall._tensor import LowRankTensor
 from rankfall.nn._formed import Formed, blocks_apart, others_of
 
-_STACKED = "in_proj_weight"
+_STACKED, _OUT = "in_proj_weight", "out_proj.weight"
+_APART = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 _DIMS = 3  # Of a batch of sequences.
 
 
@@ -57,6 +58,19 @@ class MultiheadAttention(Formed):
     Attributes:
         in_proj_weight: The rf.LowRankTensor of torch's weight of that name; likewise out_proj.weight.
     """
+
+    # Also what torch's transformer layers look at before they choose a kernel.
+    _options = (
+        "embed_dim",
+        "kdim",
+        "vdim",
+        "num_heads",
+        "dropout",
+        "batch_first",
+        "head_dim",
+        "add_zero_attn",
+        "_qkv_same_embed_dim",
+    )
 
     def __init__(  # noqa: PLR0913, PLR0917  torch's own signature
         self,
@@ -158,10 +172,6 @@ class MultiheadAttention(Formed):
             device="meta",
         )
         self._hold(like, weights, own)
-        # What torch's transformer layers look at before they choose a kernel.
-        self.embed_dim, self.num_heads, self.dropout = like.embed_dim, like.num_heads, like.dropout
-        self.batch_first, self.head_dim = like.batch_first, like.head_dim
-        self._qkv_same_embed_dim = like._qkv_same_embed_dim
         for name in ("in_proj_bias", "bias_k", "bias_v"):
             if name not in own:
                 self.register_parameter(name, None)
@@ -199,7 +209,7 @@ class MultiheadAttention(Formed):
     def _is_plain(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
         """Whether a batch of sequences attends to itself, by three projections of one weight and nothing besides."""
         is_sequences = query is key is value and query.dim() == _DIMS and not query.is_nested
-        no_more_rows = self.bias_k is None and not self.like.add_zero_attn
+        no_more_rows = self.bias_k is None and not self.add_zero_attn
         return is_sequences and no_more_rows and self._qkv_same_embed_dim and query.shape[-1] == self.embed_dim
 
     def _fit(self, x: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> bool:
@@ -233,7 +243,7 @@ class MultiheadAttention(Formed):
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)).permute(to_heads) for part in parts)
         dropout = self.dropout if self.training else 0.0
         attended = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
-        return self._project("out_proj.weight", "out_proj.bias", attended.permute(back).flatten(2))
+        return self._project(_OUT, "out_proj.bias", attended.permute(back).flatten(2))
 
     def _project(self, weight: str, bias: str, x: Tensor) -> Tensor:
         tensor = self.get_submodule(weight)
@@ -249,8 +259,8 @@ class MultiheadAttention(Formed):
 
 
 def weight_names(module: nn.Module) -> tuple[str, ...]:
-    """The weight matrices of a torch.nn.MultiheadAttention, in its order."""
-    return tuple(name for name, _ in module.named_parameters() if name.endswith("weight"))
+    """The weight matrices of a torch.nn.MultiheadAttention, in its order, also if it computes them from others."""
+    return (*((_STACKED,) if module._qkv_same_embed_dim else _APART), _OUT)
 
 
 def projections_apart(module: nn.Module, name: str, format: Format) -> Format:
@@ -262,4 +272,4 @@ def projections_apart(module: nn.Module, name: str, format: Format) -> Format:
 def std_of(module: nn.Module, name: str) -> float:
     """Root mean square of a weight as torch starts it."""
     rows, width = module.get_parameter(name).shape
-    return 1 / math.sqrt(3 * width) if name == "out_proj.weight" else math.sqrt(2 / (rows + width))
+    return 1 / math.sqrt(3 * width) if name == _OUT else math.sqrt(2 / (rows + width))

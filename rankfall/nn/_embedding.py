@@ -311,10 +311,14 @@ def _of_type(dtype: torch.dtype, rows: Tensor) -> Tensor:
 
 
 def _expect_padding_row(layer: nn.Module, state: Mapping[str, Any], prefix: str, *_: object) -> None:
-    """Makes room for a row of padding, or forgets it, as the incoming state has one."""
+    """Makes room for a row of padding, or forgets it, as an incoming state of this layer has one."""
     assert isinstance(layer, Embedding)
-    is_there = f"{prefix}padding_row" in state
-    layer.padding_row = layer.weight.factors[0].new_zeros(layer.embedding_dim) if is_there else None
+    if layer.padding_idx is None:
+        return
+    if f"{prefix}padding_row" in state:
+        layer.padding_row = layer.weight.factors[0].new_zeros(layer.embedding_dim)
+    elif any(name.startswith(f"{prefix}weight.") for name in state):
+        layer.padding_row = None
 
 
 def check_rows_are_plain(module: nn.Embedding | nn.EmbeddingBag) -> None:

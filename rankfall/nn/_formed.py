@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layers that form their weights once per forward and leave everything else to torch's own module."""
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import replace
 from operator import attrgetter
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +25,21 @@ class Formed(nn.Module):
 
     A recurrent or an attention layer uses each weight for every step of a sequence, so forming it costs little beside
     that, and torch's fused kernels take it. The torch module is kept without parameters of its own, on the meta device.
+    Its options are read and set there.
     """
 
+    _options: ClassVar[tuple[str, ...]]
+
     def _hold(self, like: nn.Module, weights: Mapping[str, LowRankTensor], others: Mapping[str, nn.Parameter]) -> None:
+        own = {f"{path}.{leaf}".lstrip(".") for path, part in like.named_modules() for leaf in part._parameters}
+        computed_from = others.keys() - own
+        if computed_from:
+            raise ValueError(
+                f"computes a bias from other parameters ({', '.join(sorted(computed_from))}). Undo that first, for "
+                "example with torch.nn.utils.prune.remove, or leave it out with filter_fn."
+            )
         # In a tuple, so that it is no submodule and nothing of it is a parameter.
-        self._torch = (like.to("meta"),)
+        self._torch, self._spare = (like.to("meta"),), []
         for name, value in (*weights.items(), *others.items()):
             path, _, leaf = name.rpartition(".")
             setattr(self._owner(path), leaf, value)
@@ -41,7 +52,7 @@ class Formed(nn.Module):
 
     @property
     def like(self) -> Any:  # noqa: ANN401  torch's module of the same name
-        """The torch module that does the work, on the meta device."""
+        """The torch module that has the options, on the meta device; copies of it do the work."""
         return self._torch[0]
 
     @property
@@ -49,8 +60,34 @@ class Formed(nn.Module):
         """Torch's names of the weights that are low-rank tensors; a dot leads into a submodule."""
         return self._weights
 
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401  torch's options: input_size, num_heads, batch_first, ...
+        if name in self._options:
+            return getattr(self.__dict__["_torch"][0], name)
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401
+        if name not in self._options:
+            super().__setattr__(name, value)
+            return
+        setattr(self.like, name, value)
+        self._spare = []  # Those that are there, or in a call of another thread, have the old value.
+
     def _run(self, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401  what torch's forward takes and gives
-        like = self.like
+        """What torch's forward gives, of a module of this call alone: weights are put into it, and threads share us."""
+        # Not is_compiling, which is true in all threads while one of them compiles.
+        if torch.compiler.is_dynamo_compiling():
+            return self._run_by(self.like, *arguments, **options)
+        spare = self._spare
+        try:
+            like = spare.pop()
+        except IndexError:
+            like = copy.deepcopy(self.like)
+        try:
+            return self._run_by(like, *arguments, **options)
+        finally:
+            spare.append(like)
+
+    def _run_by(self, like: Any, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401
         like.train(self.training)
         values: dict[str, Tensor] = {}
         for name in self._others:

@@ -39,6 +39,17 @@ _Layer = TypeVar("_Layer", bound="_Recurrent")  # Not typing.Self: checkers of s
 class _Recurrent(Formed):
     """What LSTM and GRU share; `_dense` is torch's layer, `_gates` how many blocks its weights stack."""
 
+    _options = (
+        "mode",
+        "input_size",
+        "hidden_size",
+        "num_layers",
+        "bias",
+        "batch_first",
+        "dropout",
+        "bidirectional",
+        "proj_size",
+    )
     _dense: ClassVar[type[nn.LSTM | nn.GRU]]
     _gates: ClassVar[int]
 
@@ -143,11 +154,6 @@ class _Recurrent(Formed):
         )
         self._hold(like, weights, others_of(module, weights))
         return self
-
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401  torch's options: input_size, num_layers, batch_first, ...
-        if name in _OPTIONS:
-            return getattr(self.__dict__["_torch"][0], name)
-        return super().__getattr__(name)
 
     def flatten_parameters(self) -> None:
         """Does nothing: the weights are formed anew for each call. Models of torch's layers call it."""
@@ -285,19 +291,6 @@ class _Recurrent(Formed):
         return f"{type(self).__name__}({self.like.extra_repr()}){self._extra_lines()}"
 
 
-_OPTIONS = (
-    "mode",
-    "input_size",
-    "hidden_size",
-    "num_layers",
-    "bias",
-    "batch_first",
-    "dropout",
-    "bidirectional",
-    "proj_size",
-)
-
-
 class LSTM(_Recurrent):
     """Long short-term memory with low-rank weights; torch.nn.LSTM otherwise, with all its options but proj_size.
 
@@ -375,8 +368,8 @@ class GRU(_Recurrent):
 
 
 def weight_names(module: nn.Module) -> tuple[str, ...]:
-    """The weight matrices of a recurrent torch layer, in its order."""
-    return tuple(name for name, _ in module.named_parameters() if name.startswith("weight_"))
+    """The weight matrices of a recurrent torch layer, in its order, also if it computes them from others."""
+    return tuple(name for name in module._flat_weights_names if name.startswith("weight_"))  # pyright: ignore
 
 
 def gates_apart(module: nn.Module, name: str, format: Format) -> Format:
