@@ -69,7 +69,14 @@ def save(model: nn.Module, path: Path | str) -> None:
     }
     # One key only: safetensors writes several in an order that differs from process to process.
     metadata = {_KEY: json.dumps({"layers": layers, "aliases": aliases})}
-    write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata))
+    write_atomic(path, lambda temporary: _write(tensors, temporary, metadata))
+
+
+def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:  # Of a full disk, for one.
+        raise OSError(str(error)) from error
 
 
 def load(path: Path | str, model: nn.Module | None = None) -> Any:  # noqa: ANN401  a module or a state_dict

@@ -23,6 +23,9 @@ def write_atomic(path: Path | str, write: Callable[[Path], object]) -> None:
     Args:
         path: Where the file shall stand; its folder must exist.
         write: Called with the temporary path.
+
+    Raises:
+        OSError: If it cannot be written; it names `path`.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -34,8 +37,12 @@ def write_atomic(path: Path | str, write: Callable[[Path], object]) -> None:
         temporary.chmod(mode)
         _flush(temporary)
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+            # Who writes to a full disk does not say where.
+            named = (f"{path}: {error}",) if error.errno is None else (error.errno, error.strerror, str(path))
+            raise OSError(*named) from error
         raise
     _flush(path.parent)
 

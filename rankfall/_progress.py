@@ -26,6 +26,7 @@ class ProgressBar:
         try:
             from rich import progress as parts  # noqa: PLC0415
             from rich.console import Console  # noqa: PLC0415  the core does not need rich
+            from rich.table import Column  # noqa: PLC0415
         except ImportError as error:
             raise ImportError(
                 "the progress bar needs rich: pip install 'rankfall[train]', or progress=False."
@@ -37,8 +38,10 @@ class ProgressBar:
             parts.MofNCompleteColumn(),
             parts.BarColumn(bar_width=20),
             parts.TimeRemainingColumn(),
-            parts.TextColumn("{task.fields[state]}"),
+            # What does not fit is cut off here, and not where the epoch and the time left stand.
+            parts.TextColumn("{task.fields[state]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
             console=self._console,
+            expand=True,
             disable=not (shown and self._console.is_terminal),
         )
         self._task = self._bar.add_task("", total=epochs, completed=done, state="")

@@ -48,7 +48,7 @@ class RunState:
         state: Record = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {"epochs": self.epochs, "history": history, "random": self._order_and_noise()}
         state |= {name: _plain(part) for name, part in state.items() if name != "model"}
-        write_atomic(path, lambda temporary: torch.save(state, temporary))
+        write_atomic(path, lambda temporary: _write(state, temporary))
 
     def restore(self, path: Path | str | None) -> list[Record]:
         """Reads a file of `save` back, if it is there; returns its history.
@@ -116,6 +116,14 @@ class RunState:
             self.generator.set_state(states["loader"])
         if self.loader is not None and states.get("place") is not None:
             self.loader.load_state_dict(states["place"])
+
+
+def _write(state: Record, path: Path) -> None:
+    with path.open("wb") as file:  # Given a path, torch says of a full disk "unexpected pos".
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401

@@ -31,6 +31,7 @@ from rankfall.recipes._prepare import PrepareOptions, prepare
 from rankfall.recipes._run import train
 
 _FILE_WIDTH = 160  # Columns of a table where there is no terminal.
+_WIDEST = 1000
 _OTHERS_SPEAK = 1.0  # Seconds. torchrun ends all processes as soon as one has ended, also the one that has the word.
 
 
@@ -59,6 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: The command line without the program's name; None for the real one.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # Where there is no ± it is a question mark.
     options = _parsed(arguments)
     keep_pages()
     command, goes_on = _COMMANDS[type(options)]
@@ -180,7 +184,12 @@ def _compare(options: CompareOptions) -> None:
     if not console.is_terminal:
         console.width = _FILE_WIDTH
     content = compare(options, on_run=lambda run: console.print(f"{run.method}, seed {run.seed}"))
-    console.print(as_table(content))
+    table = as_table(content)
+    # A terminal breaks a line that is too long for it, while a table that is made to fit has figures cut off.
+    console.width = max(
+        console.width, console.measure(table, options=console.options.update(max_width=_WIDEST)).maximum
+    )
+    console.print(table)
     for note in notes(content):
         console.print(note, soft_wrap=True)
     console.print(f"compare.json and run folders: {options.path}", soft_wrap=True)
@@ -206,10 +215,12 @@ def _make(target: str) -> tuple[nn.Module, Example | None]:
     sys.path.insert(0, str(Path.cwd()))
     try:
         factory = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, SyntaxError) as error:
         raise ValueError(f"{target!r} cannot be imported: {error}. Start in the folder of the module.") from error
     finally:
         sys.path.remove(str(Path.cwd()))
+    if not callable(factory):
+        raise TypeError(f"{target!r} is a {type(factory).__name__}, and must be a function that makes the model.")
     made = factory()
     model, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
@@ -221,7 +232,7 @@ def _make(target: str) -> tuple[nn.Module, Example | None]:
 
 # What each command does, and what an interruption of it leaves to say.
 _COMMANDS: dict[type, tuple[Callable[[Any], None], str]] = {
-    TrainOptions: (_train, "the same command with --resume goes on"),
+    TrainOptions: (_train, "the same command with --resume goes on, if it has begun to train"),
     CompareOptions: (_compare, "the same command goes on"),
     PlanOptions: (_plan, "nothing was written"),
     PrepareOptions: (_prepare, "the same command starts anew"),

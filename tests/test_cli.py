@@ -208,6 +208,7 @@ def test_resuming_with_other_options(capsys):
         (["--max-rank", "0", "--method", "compress"], "TTM: max_rank must be 1 or more, got 0"),
         (["--limit", "0"], "--limit must be 1 row or more, got 0"),
         (["--beta", "-1"], "--beta must be 0 or more, got -1.0"),
+        (["--beta", "inf"], "--beta must be 0 or more, got inf"),
         pytest.param(
             ["--cuda-graphs"],
             "--cuda-graphs needs a GPU, and torch finds none. Leave it out.",
@@ -221,6 +222,48 @@ def test_resuming_with_other_options(capsys):
 )
 def test_bad_numbers(capsys, arguments, text):
     assert text in refused(capsys, "train", "digits", *arguments)
+
+
+def test_a_run_of_another_recipe_is_not_gone_on_with(capsys, mini_mnist: Path):
+    main(["train", "digits", "--out", "run", *SHORT])
+    capsys.readouterr()
+    line = refused(capsys, "train", "mnist", "--data-dir", str(mini_mnist), "--out", "run", "--resume")
+    assert "run is a run of digits, not mnist. Pass another --out." in line
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("config.json", '{"a"', "Expecting ':' delimiter: line 1 column 5 (char 4)"),
+        ("config.json", "[1]", "it holds a list"),
+        ("metrics.json", "{}", "it has no test_accuracy"),
+    ],
+)
+def test_damaged_files_of_a_run_are_named(capsys, name, text, reason):
+    main(["train", "digits", "--out", "run", *SHORT])
+    Path("run", name).write_text(text)
+    capsys.readouterr()
+    line = refused(capsys, "train", "digits", "--out", "run", "--resume", *SHORT)
+    assert f"run/{name} is damaged: {reason}. Remove run to start anew." in line
+
+
+def test_a_full_disk_is_named_with_the_file_and_leaves_no_half():
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
+        "from rankfall.cli import main; main(['train', 'digits', '--epochs', '1', '--out', 'run'])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert run.stderr.strip().splitlines()[-1].endswith("File too large: 'run/checkpoint.pt'")
+    assert not [path for path in Path("run").iterdir() if path.suffix in {".tmp", ".pt"}]
+
+
+def test_a_terminal_that_lacks_a_sign_shows_another():
+    command = ["compare", "digits", *SHORT, "--methods", "fixed", "--budget", "900", "--seeds", "0", "1"]
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    run = subprocess.run([sys.executable, "-m", "rankfall", *command], capture_output=True, env=ascii_only, check=False)
+    assert run.returncode == 0, run.stderr
+    assert b"% ? " in run.stdout
 
 
 def test_missing_and_truncated_data(capsys, mini_mnist: Path):
@@ -303,10 +346,16 @@ def test_plan_refuses_an_example_that_does_not_fit(capsys):
         ("torch:no_such_name", "'torch:no_such_name' cannot be imported"),
         ("builtins:dict", "returned a dict. It must return a torch.nn.Module, or (model, inputs)"),
         ("torch.nn:ReLU", "ReLU has no layer to tensorize"),
+        ("math:pi", "'math:pi' is a float, and must be a function that makes the model."),
     ],
 )
 def test_plan_refuses(capsys, target, text):
     assert text in refused(capsys, "plan", target)
+
+
+def test_plan_refuses_a_module_with_a_mistake(capsys):
+    write_net("(")
+    assert "'my_net:make' cannot be imported: '(' was never closed" in refused(capsys, "plan", "my_net:make")
 
 
 def test_precision_reaches_the_products_and_not_the_parameters(monkeypatch):

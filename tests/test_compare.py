@@ -290,3 +290,18 @@ def test_the_dense_half_is_a_dense_run_and_tuning_goes_on_from_it():
     assert history[-1]["nll"] < history[3]["nll"] < history[2]["nll"]
     assert metrics["seconds"] == sum(record["seconds"] for record in history)
     assert (metrics["format"], metrics["prior"]) == ("ttm", None)
+
+
+def test_a_narrow_terminal_cuts_no_figure_off(whole: Path, monkeypatch, capsys):
+    shutil.copytree(whole, "all")
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    main(RUN)
+    assert "…" not in capsys.readouterr().out
+
+
+def test_a_history_without_an_epoch_is_named(whole: Path, capsys):
+    shutil.copytree(whole, "all")
+    Path("all/evidence-seed0/history.jsonl").write_text("")
+    capsys.readouterr()
+    assert "all/evidence-seed0/history.jsonl is damaged: it is empty." in refused(capsys, *RUN)

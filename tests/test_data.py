@@ -301,6 +301,14 @@ def test_a_picture_of_a_run(tmp_path: Path, bonds):
         assert len(picture.convert("RGB").getcolors(2**24)) > 20
 
 
+def test_a_picture_of_one_epoch_shows_its_points(tmp_path: Path):
+    history = [{"epoch": 0, "ranks": {"0": {"r1": 5}}, "parameters": 100, "test_accuracy": 0.5}]
+    draw(history, tmp_path / "ranks.png")
+    with Image.open(tmp_path / "ranks.png") as picture:
+        colours = {colour for _, colour in picture.convert("RGB").getcolors(2**24)}
+    assert {(31, 119, 180), (214, 39, 40)} <= colours
+
+
 @pytest.mark.parametrize(("rows", "parts"), [((50, 50), 2), ((50, 20), 3), ((None, 20), 2), ((None, 50, 20), 3)])
 def test_a_picture_shows_tables_that_lost_rows(tmp_path: Path, rows, parts):
     history = [

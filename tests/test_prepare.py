@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Click logs to Parquet: against a reading in plain Python, and what is refused, or left as it is."""
 
+import bz2
 import errno
 import gzip
 import json
@@ -14,7 +15,7 @@ import torch
 
 from criteo_files import click_lines
 from rankfall.cli import main
-from rankfall.recipes import _prepare
+from rankfall.recipes import _prepare, _xz
 from rankfall.recipes._prepare import PrepareOptions, prepare
 from rankfall.recipes._recommender import COUNTS
 
@@ -90,32 +91,94 @@ def test_rows_for_testing_do_not_depend_on_the_files(tmp_path):
         assert read(whole, part).equals(read(tmp_path / "two", part))
 
 
+EMPTY = "\t" * 38  # Between the first field and the last, if all others are missing.
+
+
 @pytest.mark.parametrize(
-    ("line", "text"),
+    ("line", "reason"),
     [
-        ("2\t1", "at byte BAD"),
-        ("1" + "\t" * 38, "at byte BAD"),
-        ("1\tx" + "\t" * 38, "at byte BAD"),
-        ("1" + "\t" * 38 + "\tzz", "at byte BAD"),
-        ("1" + "\t" * 38 + "\t123456789", "at byte BAD"),
+        ("2\t1", "2 columns, not 40"),
+        ("PK", "1 column, not 40"),
+        (f"1{EMPTY}\t\t", "41 columns, not 40"),
+        (f"1{EMPTY}", "39 columns, not 40 (it may be the test file, which has no labels)"),
+        (f"label{EMPTY}\t", "column 1 has 'label', not 0 or 1"),
+        (f"2{EMPTY}\t", "column 1 has '2', not 0 or 1"),
+        (f"{EMPTY}\t", "column 1 has '', not 0 or 1"),
+        (f"1\tx{EMPTY}", "column 2 has 'x', not an integer of 32 bits"),
+        (f"1\t1_0{EMPTY}", "column 2 has '1_0', not an integer of 32 bits"),
+        (f"1\t2147483648{EMPTY}", "column 2 has '2147483648', not an integer of 32 bits"),
+        (f"1{EMPTY}\tzz", "column 40 has 'zz', not a hexadecimal number of 32 bits"),
+        (f"1{EMPTY}\t0x1", "column 40 has '0x1', not a hexadecimal number of 32 bits"),
+        (f"1{EMPTY}\t{'1' * 5000}", f"column 40 has '{'1' * 20}', not a hexadecimal number of 32 bits"),
     ],
 )
-def test_a_damaged_line_is_named_and_nothing_looks_whole(tmp_path, line, text):
+@pytest.mark.parametrize("place", [0, 20])
+def test_a_damaged_line_is_named_and_nothing_looks_whole(tmp_path, line, reason, place):
     lines = click_lines(20)
-    place = sum(len(good) + 1 for good in lines)
-    with pytest.raises(ValueError, match=text.replace("BAD", str(place))) as error:
-        prepared(tmp_path, [*lines, line, *lines])
-    assert "train.txt is damaged after byte 0" in str(error.value)
-    assert "A line has a label, 13 integers and 26 hexadecimal numbers" in str(error.value)
+    byte = sum(len(good) + 1 for good in lines[:place])
+    with pytest.raises(ValueError, match=r"train.txt is damaged after byte 0, at byte \d+: ") as error:
+        prepared(tmp_path, [*lines[:place], line, *lines])
+    assert str(error.value).endswith(
+        f"at byte {byte}: {reason}. A line has a label, 13 integers and 26 hexadecimal numbers, tabs between. "
+        "Get the file again."
+    )
     assert not (tmp_path / "out" / "criteo.json").exists()
+
+
+def test_what_only_polars_refuses_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(_prepare, "_fault", lambda line: None)
+    with pytest.raises(ValueError, match=r"at an unknown byte: column names [^\n]*[^.\n]\. A line has a label"):
+        prepared(tmp_path, [line.partition("\t")[2] for line in click_lines(20)])
 
 
 @pytest.mark.parametrize(("ending", "pack"), [(".gz", gzip.compress), (".xz", lzma.compress)])
 def test_a_truncated_archive(tmp_path, ending, pack):
     path = tmp_path / f"train.txt{ending}"
     path.write_bytes(pack("\n".join(click_lines(50)).encode())[:-30])
-    with pytest.raises(ValueError, match=r"train.txt\..z is damaged before byte \d+"):
+    with pytest.raises(ValueError, match=r"train.txt\..z is damaged before byte \d+: [^.]*\. Get the file again\.$"):
         prepare(PrepareOptions("criteo", (path,), tmp_path / "out"), progress=False)
+
+
+def two_streams(first: int = 40, padding: int = 0) -> tuple[bytes, bytes, list[str]]:
+    """(a stream with padding after it, another, the lines of both)."""
+    lines = click_lines(90)
+    text = "".join(f"{line}\n" for line in lines).encode()
+    cut = sum(len(line) + 1 for line in lines[:first]) + 7  # Within a line.
+    return lzma.compress(text[:cut]) + bytes(padding), lzma.compress(text[cut:]), lines
+
+
+@pytest.mark.parametrize("piece", [1, 1000, 1 << 16])
+@pytest.mark.parametrize("padding", [0, 4, 5000])
+def test_streams_of_xz_are_read_to_the_last(tmp_path, monkeypatch, piece, padding):
+    monkeypatch.setattr(_xz, "_PIECE", piece)
+    first, second, lines = two_streams(padding=padding)
+    _, whole = prepared(tmp_path, lines)
+    (tmp_path / "t.xz").write_bytes(first + lzma.compress(b"") + second + bytes(padding))
+    prepare(PrepareOptions("criteo", (tmp_path / "t.xz",), tmp_path / "two"), progress=False)
+    for part in ("train", "test"):
+        assert read(whole, part).equals(read(tmp_path / "two", part))
+
+
+def damages() -> dict[str, bytes]:
+    first, second, _ = two_streams(padding=4)
+    whole, size = first + second, len(second)
+    found = {"junk": whole + b"junk", "junk after padding": whole + bytes(8) + b"junk"}
+    for place in (0, 3, 7, 12, 30, size // 2, size - 20, size - 1):
+        byte = len(first) + place
+        found[f"damage at {place}"] = whole[:byte] + bytes([whole[byte] ^ 255]) + whole[byte + 1 :]
+    for kept in (1, 5, 12, 30, size // 2, size - 1):
+        found[f"cut at {kept}"] = whole[: len(first) + kept]
+    return found
+
+
+@pytest.mark.parametrize("name", damages())
+def test_damage_of_a_later_stream_of_xz(tmp_path, name):
+    path = tmp_path / "train.txt.xz"
+    path.write_bytes(damages()[name])
+    reason = "the file ends within an xz stream" if name.startswith("cut") else "[^.]+"
+    with pytest.raises(ValueError, match=rf"xz is damaged before byte \d+: {reason}\. Get the file again\.$"):
+        prepare(PrepareOptions("criteo", (path,), tmp_path / "out"), progress=False)
+    assert not (tmp_path / "out" / "criteo.json").exists()
 
 
 def test_what_an_interruption_leaves_is_cleared_and_what_is_whole_is_kept(tmp_path):
@@ -225,6 +288,22 @@ def test_a_packed_file_is_named_so(tmp_path, ending, pack):
     text = rf"train.txt is packed, and its name does not end in {ending}. Rename it to \S*train.txt{ending}."
     with pytest.raises(ValueError, match=text):
         prepare(PrepareOptions("criteo", (path,), tmp_path / "out"), progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("head", "kind"),
+    [
+        (b"PK\x03\x04", "a zip archive"),
+        (bz2.compress(b"1\t2"), "packed with bzip2"),
+        (b"\x28\xb5\x2f\xfd", "packed with zstd"),
+    ],
+)
+@pytest.mark.parametrize("name", ["train.txt", "train.txt.gz"])
+def test_a_file_that_is_packed_otherwise(tmp_path, head, kind, name):
+    (tmp_path / name).write_bytes(head + bytes(50))
+    with pytest.raises(ValueError, match=rf"{name} is {kind}; unpack it first\.$"):
+        prepare(PrepareOptions("criteo", (tmp_path / name,), tmp_path / "out"), progress=False)
     assert not (tmp_path / "out").exists()
 
 

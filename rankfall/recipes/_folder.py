@@ -13,6 +13,7 @@ from rankfall.recipes._options import TrainOptions
 # Where a run stands and whether it goes on is not part of what it computes.
 _NOT_COMPUTED = ("out", "resume", "data_dir")
 _ROWS = "rows_fingerprint"  # Its name in config.json.
+_FIGURES = "test_accuracy", "test_nll", "parameters"  # Some of those that every finished run has.
 
 
 class RunFolder:
@@ -72,7 +73,11 @@ class RunFolder:
             raise ValueError(f"no run to resume in {self.path}: it has no config.json. Leave --resume out to start it.")
         # A run that is older than an option was made as it is without it.
         usual = {field.name: field.default for field in dataclasses.fields(self.options)}
-        started = usual | json.loads(self.config.read_text())
+        started = usual | _object(self.config.read_text(), self.config)
+        if started["recipe"] != self.options.recipe:
+            raise ValueError(
+                f"{self.path} is a run of {started['recipe']}, not {self.options.recipe}. Pass another --out."
+            )
         for name, value in _computed(self.options).items():
             if started[name] != value:
                 flag = "--" + name.replace("_", "-")
@@ -102,17 +107,46 @@ class RunFolder:
         write_atomic(self.path / name, lambda p: p.write_text(json.dumps(content, indent=2) + "\n"))
 
     def read_metrics(self) -> dict[str, Any]:
-        """Reads metrics.json."""
-        return json.loads(self.metrics.read_text())
+        """Reads metrics.json.
+
+        Raises:
+            ValueError: If it is damaged.
+        """
+        found = _object(self.metrics.read_text(), self.metrics)
+        if missing := next((name for name in _FIGURES if name not in found), None):
+            raise _damaged(self.metrics, f"it has no {missing}")
+        return found
 
     def read_history(self) -> list[dict[str, Any]]:
-        """Reads history.jsonl."""
-        return [json.loads(line) for line in self.history.read_text().splitlines()]
+        """Reads history.jsonl.
+
+        Raises:
+            ValueError: If it is damaged.
+        """
+        found = [_object(line, self.history) for line in self.history.read_text().splitlines()]
+        if not found:
+            raise _damaged(self.history, "it is empty")
+        return found
 
     def write_history(self, history: Iterable[Mapping[str, Any]]) -> None:
         """Writes history.jsonl, one line per epoch."""
         lines = "".join(json.dumps(record) + "\n" for record in history)
         write_atomic(self.history, lambda p: p.write_text(lines))
+
+
+def _object(text: str, path: Path) -> dict[str, Any]:
+    """What a file of a run, or a line of it, says."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise _damaged(path, str(error)) from error
+    if not isinstance(found, dict):
+        raise _damaged(path, f"it holds a {type(found).__name__}")
+    return found
+
+
+def _damaged(path: Path, reason: str) -> ValueError:
+    return ValueError(f"{path} is damaged: {reason}. Remove {path.parent} to start anew.")
 
 
 def _as_given(flag: str, value: object) -> str:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The choices of a training run, as the command line takes them."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, get_args
@@ -186,7 +187,7 @@ class TrainOptions:
             raise ValueError(f"--length must be 1 token or more, got {self.length}.")
         if self.cuda_graphs and not torch.cuda.is_available():
             raise ValueError("--cuda-graphs needs a GPU, and torch finds none. Leave it out.")
-        if not self.beta >= 0:
+        if not 0 <= self.beta < math.inf:
             raise ValueError(f"--beta must be 0 or more, got {self.beta}. 1 is the evidence lower bound.")
         if not 0 <= self.threshold < 1:
             raise ValueError(f"--threshold must be from 0 up to but not including 1, got {self.threshold}.")

@@ -43,15 +43,19 @@ def _epochs(history: Sequence[Mapping[str, Any]]) -> list[int]:
     return [record["epoch"] + 1 for record in history]
 
 
+def _mark(points: Sequence[object]) -> str | None:
+    """A dot for a line of one point, which could not be seen otherwise."""
+    return "o" if len(points) == 1 else None
+
+
 def _draw_ranks(panel: Axes, history: Sequence[Mapping[str, Any]], layers: Sequence[str]) -> None:
     lines = [(layer, bond) for layer in layers for bond in history[-1]["ranks"][layer]]
     for layer, bond in lines:
         number, place = layers.index(layer), list(history[-1]["ranks"][layer]).index(bond)
         # A run that is decomposed halfway has no ranks before.
         known = [(e, r["ranks"][layer][bond]) for e, r in zip(_epochs(history), history, strict=True) if r["ranks"]]
-        panel.step(
-            *zip(*known, strict=True), f"C{number % 10}{_LINES[place % 4]}", where="post", label=f"{layer} {bond}"
-        )
+        style = f"C{number % 10}{_LINES[place % 4]}"
+        panel.step(*zip(*known, strict=True), style, where="post", label=f"{layer} {bond}", marker=_mark(known))
     panel.set(ylabel="rank", ylim=(0, None))
     panel.yaxis.set_major_locator(MaxNLocator(integer=True))
     panel.grid(alpha=0.3)
@@ -84,11 +88,15 @@ def _plain_numbers(panel: Axes, form: str) -> None:
 
 def _draw_size(panel: Axes, history: Sequence[Mapping[str, Any]]) -> None:
     epochs = _epochs(history)
-    size = panel.step(epochs, [r["parameters"] for r in history], "C0", where="post", label="parameters")
+    mark, parameters = _mark(epochs), [r["parameters"] for r in history]
+    size = panel.step(epochs, parameters, "C0", where="post", label="parameters", marker=mark)
     panel.set(xlabel="epoch", ylabel="parameters", yscale="log")
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     panel.grid(alpha=0.3)
     other = panel.twinx()
-    errors = other.plot(epochs, [100 * (1 - r["test_accuracy"]) for r in history], "C3", label="test error")
+    errors = other.plot(
+        epochs, [100 * (1 - r["test_accuracy"]) for r in history], "C3", label="test error", marker=mark
+    )
     other.set(ylabel="test error, %", yscale="log")
     _plain_numbers(panel, "{x:,.0f}")
     _plain_numbers(other, "{x:g}")

@@ -22,6 +22,7 @@ from rankfall._files import write_atomic
 from rankfall.recipes._optional import polars
 from rankfall.recipes._recommender import COUNTS
 from rankfall.recipes._stored import PIECE
+from rankfall.recipes._xz import open_xz
 
 TABLES = 26
 MISSING = -1
@@ -39,10 +40,16 @@ ID_COLUMNS = tuple(f"C{k + 1}" for k in range(TABLES))
 _COUNTS = [f"I{k + 1}" for k in range(COUNTS)]
 _BLOCK = 48 << 20  # Bytes of text that are parsed at once.
 _LONGEST = 1 << 20  # Bytes without a line in them that are held; a line has some 400 at most.
-_OPENERS: dict[str, Callable[[BinaryIO], Any]] = {".gz": gzip.open, ".xz": lzma.open}
+_OPENERS: dict[str, Callable[[BinaryIO], Any]] = {".gz": gzip.open, ".xz": open_xz}
 _PACKED = {".gz": b"\x1f\x8b", ".xz": b"\xfd7zXZ\x00"}  # What such a file begins with.
+_OTHERS = {b"PK\x03\x04": "a zip archive", b"BZh": "packed with bzip2", b"\x28\xb5\x2f\xfd": "packed with zstd"}
 _OURS = re.compile(r"(train|test)-\d{5,}\.parquet|vocabulary-C\d{1,2}\.parquet|criteo\.json")
 _OUR_TEMPORARY = re.compile(rf"\.({_OURS.pattern})\.[0-9a-f]{{8}}\.tmp")
+_KINDS = (
+    [(range(2), 10, "0 or 1")]
+    + [(range(-(2**31), 2**31), 10, "an integer of 32 bits")] * COUNTS
+    + [(range(2**32), 16, "a hexadecimal number of 32 bits")] * TABLES
+)  # What each column of a line has: the values, their base, and words for them.
 
 
 @dataclass(frozen=True)
@@ -64,8 +71,8 @@ class PrepareOptions:
         """Refuses what argument types let through, before anything is written.
 
         Raises:
-            ValueError: If a number is out of range, a file is packed and not named so, or the folder holds something
-                else.
+            ValueError: If a number is out of range, a file is packed and not named so or not in these ways, or the
+                folder holds something else.
             FileNotFoundError: If a file is missing.
         """
         if not self.files:
@@ -144,7 +151,10 @@ def _is_ours(path: Path) -> bool:
 
 def _check_ending(path: Path) -> None:
     with path.open("rb") as file:
-        head = file.read(max(map(len, _PACKED.values())))
+        head = file.read(max(map(len, [*_PACKED.values(), *_OTHERS])))
+    for magic, kind in _OTHERS.items():
+        if head.startswith(magic):
+            raise ValueError(f"{path} is {kind}; unpack it first.")
     for ending, magic in _PACKED.items():
         if head.startswith(magic) and path.suffix != ending:
             raise ValueError(f"{path} is packed, and its name does not end in {ending}. Rename it to {path}{ending}.")
@@ -177,7 +187,7 @@ def _write_file(path: Path, write: Callable[[Path], object]) -> None:
     try:
         write_atomic(path, write)
     except (OSError, polars().exceptions.PolarsError) as error:
-        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+        reason = getattr(error, "strerror", None) or _reason(error)
         raise OSError(f"{path} cannot be written: {reason}. Make room for it, or pass another --out.") from error
 
 
@@ -302,7 +312,8 @@ def _texts(path: Path, advance: Advance) -> Iterator[tuple[bytes, int]]:
             try:
                 block = file.read(_BLOCK)
             except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-                raise ValueError(f"{path} is damaged before byte {raw.tell()}: {error} Get the file again.") from error
+                where = f"{path} is damaged before byte {raw.tell()}"
+                raise ValueError(f"{where}: {_reason(error)}. Get the file again.") from error
             rest += block
             end = _end(rest, is_last=not block)
             text, rest = rest[:end], rest[end:]
@@ -348,21 +359,35 @@ def _parsed(text: bytes, path: Path, start: int) -> Any:  # noqa: ANN401  polars
 
 def _bad_line(text: bytes, start: int, error: Exception) -> str:
     """The byte at which the first line that is no row begins, and what is wrong with it."""
-    reason = str(error).strip().split("\n")[0]
     for line in text.removesuffix(b"\n").split(b"\n"):
-        if not _is_row(line):
-            is_blank = not line.strip(b" \r")
-            return f"byte {start}: {'a line is blank' if is_blank else reason}"
+        fault = _fault(line)
+        if fault:
+            return f"byte {start}: {fault}"
         start += len(line) + 1
-    return f"an unknown byte: {reason}"
+    return f"an unknown byte: {_reason(error)}"
 
 
-def _is_row(line: bytes) -> bool:
+def _reason(error: Exception) -> str:
+    """The first line of what another library says, without a full stop: ours has one after it."""
+    return str(error).strip().split("\n")[0].rstrip(".")
+
+
+def _fault(line: bytes) -> str | None:
+    """What is wrong with a line, if anything is."""
+    if not line.strip(b" \r"):
+        return "a line is blank"
     fields = line.removesuffix(b"\r").split(b"\t")
-    try:
-        counts = [int(f) for f in fields[1 : COUNTS + 1] if f]
-        ids = [int(f, 16) for f in fields[COUNTS + 1 :] if f]
-    except ValueError:
-        return False
-    in_range = all(abs(v) < 2**31 for v in counts) and all(0 <= v < 2**32 for v in ids)
-    return in_range and fields[0] in (b"0", b"1") and len(fields) == 1 + COUNTS + TABLES
+    if len(fields) != len(_KINDS):
+        hint = " (it may be the test file, which has no labels)" if len(fields) == len(_KINDS) - 1 else ""
+        return f"{len(fields)} column{'s' if len(fields) > 1 else ''}, not {len(_KINDS)}{hint}"
+    for column, (field, (values, base, words)) in enumerate(zip(fields, _KINDS, strict=True), 1):
+        is_missing = not field and column > 1
+        if not is_missing and not _is_number(field, values, base):
+            return f"column {column} has {repr(field[:20])[1:]}, not {words}"
+    return None
+
+
+def _is_number(field: bytes, values: range, base: int) -> bool:
+    """Whether polars reads a field as one of the values. `int` alone would take 1_0 and 0x10, which polars does not."""
+    form = rb" *[+-]?[0-9]{1,20}" if base == 10 else rb"\+?[0-9a-fA-F]{1,20}"
+    return bool(re.fullmatch(form, field)) and int(field, base) in values
