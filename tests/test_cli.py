@@ -18,6 +18,7 @@ import rankfall as rf
 from mnist_files import write_mnist
 from rankfall.cli import main
 from rankfall.recipes import _run
+from rankfall.recipes._folder import RunFolder
 from rankfall.recipes._options import TrainOptions
 
 SHORT = ["--epochs", "3", "--limit", "200"]
@@ -209,6 +210,7 @@ def test_resuming_with_other_options(capsys):
         (["--limit", "0"], "--limit must be 1 row or more, got 0"),
         (["--beta", "-1"], "--beta must be 0 or more, got -1.0"),
         (["--beta", "inf"], "--beta must be 0 or more, got inf"),
+        (["--seed", str(2**64)], f"--seed must be an integer of 64 bits, got {2**64}"),
         pytest.param(
             ["--cuda-graphs"],
             "--cuda-graphs needs a GPU, and torch finds none. Leave it out.",
@@ -229,6 +231,19 @@ def test_a_run_of_another_recipe_is_not_gone_on_with(capsys, mini_mnist: Path):
     capsys.readouterr()
     line = refused(capsys, "train", "mnist", "--data-dir", str(mini_mnist), "--out", "run", "--resume")
     assert "run is a run of digits, not mnist. Pass another --out." in line
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+def test_two_processes_do_not_write_one_folder(capsys, resume):
+    if resume:
+        main(["train", "digits", "--out", "run", *SHORT])
+        Path("run/metrics.json").unlink()
+    Path("run").mkdir(exist_ok=True)
+    capsys.readouterr()
+    with RunFolder(TrainOptions("digits", epochs=3, limit=200, out=Path("run"), resume=bool(resume))).held():
+        line = refused(capsys, "train", "digits", "--out", "run", *SHORT, *resume)
+    assert "run is being written by another process. Wait for it, or pass another --out." in line
+    main(["train", "digits", "--out", "run", *SHORT, *resume])
 
 
 @pytest.mark.parametrize(

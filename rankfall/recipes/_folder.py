@@ -2,8 +2,11 @@
 """Run folders: config.json, history.jsonl, and at the end model.safetensors, ranks.png and metrics.json."""
 
 import dataclasses
+import fcntl
 import json
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +95,22 @@ class RunFolder:
                 "with those to resume it, or start anew in another --out."
             )
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Makes the folder, and keeps other processes from writing there. Whoever is killed holds it no longer.
+
+        Raises:
+            ValueError: If another process holds it, or as for `check`, since it may have until now.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            _lock(handle, self.path)
+            self.check()
+            yield
+        finally:
+            os.close(handle)
+
     def open(self) -> None:
         """Makes the folder with its config.json, unless it is there already, and clears what a killed run left."""
         self.path.mkdir(parents=True, exist_ok=True)
@@ -132,6 +151,15 @@ class RunFolder:
         """Writes history.jsonl, one line per epoch."""
         lines = "".join(json.dumps(record) + "\n" for record in history)
         write_atomic(self.history, lambda p: p.write_text(lines))
+
+
+def _lock(handle: int, path: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"{path} is being written by another process. Wait for it, or pass another --out.") from error
+    except OSError:
+        return  # A file system without locks.
 
 
 def _object(text: str, path: Path) -> dict[str, Any]:

@@ -189,5 +189,7 @@ class TrainOptions:
             raise ValueError("--cuda-graphs needs a GPU, and torch finds none. Leave it out.")
         if not 0 <= self.beta < math.inf:
             raise ValueError(f"--beta must be 0 or more, got {self.beta}. 1 is the evidence lower bound.")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"--seed must be an integer of 64 bits, got {self.seed}.")
         if not 0 <= self.threshold < 1:
             raise ValueError(f"--threshold must be from 0 up to but not including 1, got {self.threshold}.")

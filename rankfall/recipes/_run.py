@@ -5,6 +5,7 @@ import random
 import resource
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -52,8 +53,8 @@ def train(options: TrainOptions, *, progress: bool = True) -> tuple[RunFolder, n
         The folder, the trained model in eval mode, and the content of metrics.json.
 
     Raises:
-        ValueError: If an option is out of range, data is damaged, or the folder is taken or was started with other
-            options or rows. Nothing is written then.
+        ValueError: If an option is out of range, data is damaged, or the folder is taken, is written by another process
+            or was started with other options or rows. Nothing is written then.
         FileNotFoundError: If data is missing. Nothing is written then.
     """
     processes = join_processes()
@@ -66,9 +67,11 @@ def train(options: TrainOptions, *, progress: bool = True) -> tuple[RunFolder, n
     if processes.from_first(lambda: folder.is_finished):
         return folder, load(folder.model, model).eval(), folder.read_metrics()
     data = processes.together(lambda: load_data(recipe, options))
-    processes.on_first(folder.open)
-    history = _fit(network, options, model, data, folder, processes, progress)
-    metrics = processes.from_first(lambda: _finish(network, options, model, data, folder, history))
+    with ExitStack() as until_the_end:
+        processes.on_first(lambda: until_the_end.enter_context(folder.held()))
+        processes.on_first(folder.open)
+        history = _fit(network, options, model, data, folder, processes, progress)
+        metrics = processes.from_first(lambda: _finish(network, options, model, data, folder, history))
     return folder, model.eval(), metrics
 
 
