@@ -66,9 +66,8 @@ def kl_of_factors(prior: Prior, tensors: Sequence[Factors], *, hyperprior: bool 
     flat, parameters = joined_factors(tensors)
     with torch.autocast(parameters[0].device.type, enabled=False):
         if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-            mean, log_std = flat.joined(parameters)  # torch.func has no use for a gradient in closed form.
-            std = None if log_std is None else log_std.exp()
-            return _bound(flat, prior, mean, log_std, std, hyperprior=hyperprior)[0]
+            # torch.func has no use for a gradient in closed form.
+            return _followed_value(flat, prior, hyperprior, parameters)
         value: Tensor = _Divergence.apply(flat, prior, hyperprior, *parameters)  # pyright: ignore
     return value
 
@@ -133,12 +132,17 @@ class _Divergence(torch.autograd.Function):
         saved = ctx.saved_tensors  # pyright: ignore[reportAttributeAccessIssue]
         partials, parameters = saved[:count], saved[count:]
         if torch.is_grad_enabled():
-            mean, log_std = flat.joined(parameters)
-            std = None if log_std is None else log_std.exp()
-            value, _ = _bound(flat, prior, mean, log_std, std, hyperprior=hyperprior)
+            value = _followed_value(flat, prior, hyperprior, parameters)
             return None, None, None, *_followed([value], [gradient], parameters)
         found = torch.cat([gradient * partial for partial in partials])
         return (None, None, None, *unflattened(found, parameters))
+
+
+def _followed_value(flat: "Flat", prior: Prior, hyperprior: bool, parameters: Sequence[Tensor]) -> Tensor:
+    """The KL, every operation of which is left to autograd."""
+    mean, log_std = flat.joined(parameters)
+    std = None if log_std is None else log_std.exp()
+    return _bound(flat, prior, mean, log_std, std, hyperprior=hyperprior)[0]
 
 
 class _Draw(torch.autograd.Function):

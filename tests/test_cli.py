@@ -15,13 +15,12 @@ import torch
 from torch import nn
 
 import rankfall as rf
+from commands import SHORT, refused
 from mnist_files import write_mnist
 from rankfall.cli import main
 from rankfall.recipes import _run
-from rankfall.recipes._folder import RunFolder
 from rankfall.recipes._options import TrainOptions
 
-SHORT = ["--epochs", "3", "--limit", "200"]
 KEYS = {
     "recipe", "model", "format", "prior", "posterior", "method", "precision", "seed", "epochs", "test_accuracy",
     "test_nll", "test_ece", "test_brier", "parameters", "dense_parameters", "compression", "tensorized_parameters",
@@ -32,18 +31,6 @@ KEYS = {
 @pytest.fixture(autouse=True)
 def _in_an_empty_folder(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-def refused(capsys, *arguments: str) -> str:
-    """The one line that a command ends with, after checking that nothing else came of it."""
-    before = sorted(Path().rglob("*"))
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    assert stop.value.code == 2
-    assert sorted(Path().rglob("*")) == before
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1
-    return lines[0]
 
 
 @pytest.mark.parametrize("method", ["evidence", "shrinkage", "fixed", "compress", "dense"])
@@ -224,53 +211,6 @@ def test_resuming_with_other_options(capsys):
 )
 def test_bad_numbers(capsys, arguments, text):
     assert text in refused(capsys, "train", "digits", *arguments)
-
-
-def test_a_run_of_another_recipe_is_not_gone_on_with(capsys, mini_mnist: Path):
-    main(["train", "digits", "--out", "run", *SHORT])
-    capsys.readouterr()
-    line = refused(capsys, "train", "mnist", "--data-dir", str(mini_mnist), "--out", "run", "--resume")
-    assert "run is a run of digits, not mnist. Pass another --out." in line
-
-
-@pytest.mark.parametrize("resume", [[], ["--resume"]])
-def test_two_processes_do_not_write_one_folder(capsys, resume):
-    if resume:
-        main(["train", "digits", "--out", "run", *SHORT])
-        Path("run/metrics.json").unlink()
-    Path("run").mkdir(exist_ok=True)
-    capsys.readouterr()
-    with RunFolder(TrainOptions("digits", epochs=3, limit=200, out=Path("run"), resume=bool(resume))).held():
-        line = refused(capsys, "train", "digits", "--out", "run", *SHORT, *resume)
-    assert "run is being written by another process. Wait for it, or pass another --out." in line
-    main(["train", "digits", "--out", "run", *SHORT, *resume])
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "reason"),
-    [
-        ("config.json", '{"a"', "Expecting ':' delimiter: line 1 column 5 (char 4)"),
-        ("config.json", "[1]", "it holds a list"),
-        ("metrics.json", "{}", "it has no test_accuracy"),
-    ],
-)
-def test_damaged_files_of_a_run_are_named(capsys, name, text, reason):
-    main(["train", "digits", "--out", "run", *SHORT])
-    Path("run", name).write_text(text)
-    capsys.readouterr()
-    line = refused(capsys, "train", "digits", "--out", "run", "--resume", *SHORT)
-    assert f"run/{name} is damaged: {reason}. Remove run to start anew." in line
-
-
-def test_a_full_disk_is_named_with_the_file_and_leaves_no_half():
-    code = (
-        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
-        "from rankfall.cli import main; main(['train', 'digits', '--epochs', '1', '--out', 'run'])"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert run.returncode == 2
-    assert run.stderr.strip().splitlines()[-1].endswith("File too large: 'run/checkpoint.pt'")
-    assert not [path for path in Path("run").iterdir() if path.suffix in {".tmp", ".pt"}]
 
 
 def test_a_terminal_that_lacks_a_sign_shows_another():

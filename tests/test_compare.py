@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import rankfall as rf
+from commands import files, refused
 from rankfall.cli import main
 from rankfall.recipes import _run
 from rankfall.recipes._compare import _FIGURES, CompareOptions, compare, rank_of_size
@@ -36,21 +37,6 @@ def whole(tmp_path_factory) -> Path:
 
 def content_of(folder: Path) -> dict:
     return json.loads((folder / "compare.json").read_text())
-
-
-def files() -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in Path().rglob("*")}
-
-
-def refused(capsys, *arguments: str) -> str:
-    before = files()
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    assert stop.value.code == 2
-    assert files() == before
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1
-    return lines[0]
 
 
 def test_rows_hold_every_figure_of_every_seed(whole: Path):

@@ -96,30 +96,28 @@ class RunFolder:
             )
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Makes the folder, and keeps other processes from writing there. Whoever is killed holds it no longer.
+    def open(self) -> Iterator[None]:
+        """Makes the folder with its config.json, unless it is there already, and clears what a killed run left.
+
+        Inside no other process can open it; whoever is killed holds it no longer.
 
         Raises:
-            ValueError: If another process holds it, or as for `check`, since it may have until now.
+            ValueError: If another process has it open, or as for `check`, since one may have had it until now.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         handle = os.open(self.path, os.O_RDONLY)
         try:
             _lock(handle, self.path)
             self.check()
+            for entry in self.path.iterdir():
+                if _is_leftover(entry):
+                    entry.unlink()
+            if not self.options.resume:
+                rows = {} if self.rows is None else {_ROWS: self.rows}
+                self.write(self.config.name, _computed(self.options) | rows)
             yield
         finally:
             os.close(handle)
-
-    def open(self) -> None:
-        """Makes the folder with its config.json, unless it is there already, and clears what a killed run left."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        for entry in self.path.iterdir():
-            if _is_leftover(entry):
-                entry.unlink()
-        if not self.options.resume:
-            rows = {} if self.rows is None else {_ROWS: self.rows}
-            self.write(self.config.name, _computed(self.options) | rows)
 
     def write(self, name: str, content: Mapping[str, Any]) -> None:
         """Writes one JSON file."""

@@ -68,8 +68,7 @@ def train(options: TrainOptions, *, progress: bool = True) -> tuple[RunFolder, n
         return folder, load(folder.model, model).eval(), folder.read_metrics()
     data = processes.together(lambda: load_data(recipe, options))
     with ExitStack() as until_the_end:
-        processes.on_first(lambda: until_the_end.enter_context(folder.held()))
-        processes.on_first(folder.open)
+        processes.on_first(lambda: until_the_end.enter_context(folder.open()))
         history = _fit(network, options, model, data, folder, processes, progress)
         metrics = processes.from_first(lambda: _finish(network, options, model, data, folder, history))
     return folder, model.eval(), metrics
